@@ -1,0 +1,41 @@
+# Two commands do all the set-up on a fresh machine, each on its own: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+JOBS ?= 2
+
+.PHONY: demo test lint format bench claims docs clean
+
+# torch first and alone, so that nothing else decides which build of it is installed
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: .venv/.ready
+	$(BIN)/moekit demo --output out/demo --overwrite
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests
+
+lint: .venv/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/.ready
+	$(BIN)/python benchmarks/experts.py
+
+claims: .venv/.ready
+	$(BIN)/moekit reproduce easy-ep
+
+docs: .venv/.ready
+	$(BIN)/python -m moekit.cli.docs
+
+clean:
+	rm -rf .venv out

@@ -1,0 +1,1 @@
+"""moekit: the toolkit for Mixture-of-Experts models."""
