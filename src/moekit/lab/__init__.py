@@ -1,4 +1,4 @@
-"""The miniature world: real texts, exact tasks, small trained models. No download, no torch import for texts and tasks."""
+"""The miniature world: real texts, exact tasks, small trained models; texts and tasks import no torch."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ _DEFAULT_BYTES = 65_536
 
 
 def text(domain: str, split: str, max_bytes: int | None = None, seed: int = 0) -> str:
-    """Return text of a domain and split: whole documents in a fixed order, or `max_bytes` of passages drawn from `seed`.
+    """Return text of a domain and split: whole documents in a fixed order, or `max_bytes` of passages drawn by `seed`.
 
     For a task, lines of `prompt + answer` (64 KiB where `max_bytes` is None). Never longer than `max_bytes` in UTF-8.
     Raises OptionError for an unknown domain or split, TextError where this machine has no such files.

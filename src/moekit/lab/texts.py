@@ -17,6 +17,7 @@ from moekit.lab._splits import check_split, split_of
 Document = tuple[str, str]
 
 PASSAGE_BYTES = 2048
+LICENCE_PART_BYTES = 4096
 _NOT_PYTHON = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "encodings", "_bundled"}
 # Every machine has torch (a dependency); of its headers these are written by hand, the rest is mostly generated.
 _HEADER_FOLDERS = ("c10", "ATen/core", "ATen/native", "ATen/cpu", "torch/csrc")
@@ -82,7 +83,8 @@ def _c() -> list[Document]:
 def _licences() -> list[Document]:
     """Licences of the interpreter and the installed packages; a paragraph seen before is left out.
 
-    Licences repeat each other, so splitting by file alone would put the same paragraph on both sides.
+    Licences repeat each other, so splitting by file alone would put the same paragraph on both sides. A few are long:
+    parts of about 4 KB are the documents, or whole splits would be decided by one file.
     """
     root = _folder("purelib")
     packages = [
@@ -91,16 +93,19 @@ def _licences() -> list[Document]:
         if any(word in Path(name).name.upper() for word in _LICENCE_NAMES)
     ]
     seen: set[str] = set()
-    documents = []
+    documents: list[Document] = []
     for name, text in [*_files(_folder("stdlib"), "LICENSE*"), *packages]:
-        fresh = []
+        part = ""
         for paragraph in text.split("\n\n"):
             key = " ".join(paragraph.split()).casefold()
             if key and key not in seen:
                 seen.add(key)
-                fresh.append(paragraph)
-        if fresh:
-            documents.append((name, "\n\n".join(fresh) + "\n"))
+                part += paragraph + "\n\n"
+            if len(part) > LICENCE_PART_BYTES:
+                documents.append((f"{name}#{len(documents)}", part))
+                part = ""
+        if part:
+            documents.append((f"{name}#{len(documents)}", part))
     return documents
 
 
