@@ -1,4 +1,4 @@
-"""Compress a random checkpoint with the true shapes of a public model inside a memory cap, and time it against a plain copy.
+"""Compress a random checkpoint of a public model's true shapes inside a memory cap, timed against a plain copy.
 
     python benchmarks/scale.py --work DIR [--with reap:keep=0.5] [--max-ram 3GB] [--layers 16]
 
@@ -27,7 +27,7 @@ RESULT = Path(__file__).with_name("scale.json")
 
 
 def write_random_checkpoint(folder: Path, num_layers: int, seed: int = 0) -> int:
-    """OLMoE-1B-7B's shapes (64 experts, top-8, hidden 2048, bf16) in its published layout; returns the bytes of weights."""
+    """OLMoE-1B-7B's shapes (64 experts, top-8, hidden 2048, bf16) as published; returns bytes of weights."""
     folder.mkdir(parents=True)
     config = OlmoeConfig(num_hidden_layers=num_layers, num_experts=64, num_experts_per_tok=8, intermediate_size=1024)
     config.architectures, config.dtype = ["OlmoeForCausalLM"], torch.bfloat16
