@@ -33,7 +33,7 @@ WIDTHS = (2, 3, 4, 8, 16)
 
 @dataclass(frozen=True, eq=False)
 class PackedBank(ExpertBank):
-    """Experts as packed integers; ``bits`` and ``group_size`` have an entry per expert. Build it by :meth:`quantise`."""
+    """Experts as packed integers; ``bits`` and ``group_size`` hold one entry per expert. Built by :meth:`quantise`."""
 
     stored: Mapping[str, Tensor]
     bits: tuple[int, ...]
