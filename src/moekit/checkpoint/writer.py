@@ -65,13 +65,13 @@ class Writer:
         Raises:
             OutputError: the output exists, is the source, is being written, cannot be written, or holds another job.
         """
-        self.output = Path(os.path.abspath(output))
+        self.output = Path(output).resolve()
         self.partial = self.output.with_name(f".{self.output.name}.partial")
         self._old = self.output.with_name(f".{self.output.name}.old")
         self._source, self._overwrite, self._max_shard_bytes = source, overwrite, max_shard_bytes
         self._units: dict[str, dict[str, Any]] = {}
         self._sealed = False
-        if self.output == Path(source.path).resolve() or self.output == Path(os.path.abspath(source.path)):
+        if self.output == Path(source.path).resolve():
             raise OutputError(f"{output} is the source itself, which is never modified; choose another output")
         with self._storage():
             self.output.parent.mkdir(parents=True, exist_ok=True)
@@ -236,3 +236,7 @@ def _index(files: list[dict[str, Any]], names: Mapping[str, str]) -> bytes:
     total = sum(tensor[2] for file in files for tensor in file["tensors"].values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     return (json.dumps(index, indent=2) + "\n").encode()
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
