@@ -73,11 +73,22 @@ def floor_faults(source: str, room: str, package: tuple[str, ...] = ()) -> list[
         if target == "__version__" or room in (target, "moekit"):
             continue
         if target not in FLOORS:
-            if room != "cli":
+            if room != "cli" and (len(parts) > 1 or _uses_face(source)):
                 faults.append(f"{line}: imports {name}, which is the package's face or an unknown room")
         elif FLOORS[target] >= FLOORS[room] and (room, target) not in ALLOWED:
             faults.append(f"{line}: {room} (floor {FLOORS[room]}) imports {target} (floor {FLOORS[target]})")
     return faults
+
+
+def _uses_face(source: str) -> bool:
+    """Whether anything but `moekit.__file__` and the like is taken from a bare `import moekit`."""
+    return any(
+        isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "moekit"
+        and not node.attr.startswith("__")
+        for node in ast.walk(ast.parse(source))
+    )
 
 
 def _docstrings(tree: ast.AST) -> set[int]:

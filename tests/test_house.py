@@ -15,6 +15,8 @@ PACKAGE = ROOT / "src" / "moekit"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Training the embedded model means naming the stock family it is an instance of.
 FAMILY_EXCEPTIONS = {"lab/_recipe.py"}
+# Run as scripts in a process of their own, whose standard output is what they return.
+PROGRAMS = {"plan/reload_check.py"}
 
 
 def _each(rule, files=FILES):
@@ -50,7 +52,11 @@ def test_family_names_only_where_families_live():
 
 
 def test_print_only_in_cli():
-    files = [path for path in FILES if house.room_of(path, PACKAGE) != "cli"]
+    files = [
+        path
+        for path in FILES
+        if house.room_of(path, PACKAGE) != "cli" and path.relative_to(PACKAGE).as_posix() not in PROGRAMS
+    ]
     assert not _each(lambda path, text: house.print_faults(text), files)
 
 
@@ -124,7 +130,8 @@ def test_methods_do_not_import_each_other():
         ("from moekit.profile import Profile", "measure", True),
         ("from moekit.blocks import blocks", "kernels", True),
         ("from moekit import profile", "measure", True),
-        ("import moekit", "plan", True),
+        ("import moekit\nmoekit.fit()", "plan", True),
+        ("import moekit\nmoekit.__file__", "plan", False),
         ("from ..cli import main", "plan", True),
         ("from .x import y", "plan", False),
         ("from moekit.blocks import blocks", "checkpoint", False),
