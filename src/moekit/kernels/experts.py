@@ -1,0 +1,46 @@
+"""The experts implementation "moekit": one function behind every experts module of transformers' shared contract."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._drive import forward
+from ._layer import Layer
+from .plain import PlainProducts
+from .training import train
+
+NAME = "moekit"
+
+
+def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """[T, H]: what the module's own eager loop returns, to float accuracy, forward and backward.
+
+    ``top_k_index`` [T, K] may hold the sentinel ``num_experts`` (expert parallelism, unused slots): such a slot adds
+    nothing and gets no gradient, whatever its weight.
+    """
+    prepared = self.__dict__.get("_moekit_prepared")
+    if prepared is not None:
+        return prepared(hidden_states, top_k_index, top_k_weights)
+    layer = Layer.of_module(self)
+    if torch.is_autocast_enabled(hidden_states.device.type):
+        hidden_states = hidden_states.to(layer.down.dtype)
+    if needs_gradients(layer, hidden_states, top_k_weights):
+        return train(layer, hidden_states, top_k_index, top_k_weights)
+    return forward(PlainProducts(layer), hidden_states, top_k_index, top_k_weights)
+
+
+def needs_gradients(layer: Layer, x_TH: Tensor, weight_TK: Tensor) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    tensors = (x_TH, weight_TK, layer.gate_up, layer.down, layer.gate_up_bias, layer.down_bias)
+    return layer.trainable_between or any(t is not None and t.requires_grad for t in tensors)
+
+
+def register() -> None:
+    """Make ``experts_implementation="moekit"`` known to transformers."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)

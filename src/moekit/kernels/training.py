@@ -1,0 +1,167 @@
+"""Forward and backward that keep only the input and the pre-activations.
+
+Of each layer the backward needs x [T, H], z [S, G] (before the activation, sorted by expert) and the routing; the
+gathered inputs, the hidden units and the unweighted outputs are recomputed or never needed, because the combine weight
+w is folded into the hidden units: y = down(w * h), so dw = <d(w h), h> (the idea is that of SonicMoE, 2512.14080).
+Indexing a stacked parameter per expert under autograd would add a full [E, G, H] tensor of zeros for every expert; here
+every expert's gradient is written once, in place.
+Shapes by suffix: T tokens, K slots, S pairs that hold an expert, M rows of one expert, H hidden size, I intermediate
+size, G = 2I if gated else I.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..bank import SILU_MUL, Activation
+from ._layer import Layer
+from ._plan import Plan
+from .plain import has_units
+
+
+def train(layer: Layer, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """[T, H]; gradients for x, the combine weights, both matrices and both biases (first order only)."""
+    if layer.trainable_between or layer.finish is not None:
+        return autograd(layer, x_TH, index_TK, weight_TK)
+    weights = (layer.gate_up, layer.down, layer.gate_up_bias, layer.down_bias)
+    return _Experts.apply(x_TH, weight_TK, index_TK, layer.activation, *weights)
+
+
+def autograd(layer: Layer, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """The same by plain autograd: keeps every intermediate, for layers with parameters between the two products."""
+    plan = Plan.of(index_TK, layer.num_experts)
+    up, down = layer.gate_up.unbind(0), layer.down.unbind(0)
+    up_bias = layer.gate_up_bias.unbind(0) if layer.gate_up_bias is not None else [None] * layer.num_experts
+    down_bias = layer.down_bias.unbind(0) if layer.down_bias is not None else [None] * layer.num_experts
+    out = torch.zeros_like(x_TH, dtype=torch.promote_types(x_TH.dtype, torch.float32))
+    weight = plan.weights(weight_TK, out.dtype)
+    for e, start, stop in plan.segments:
+        token = plan.token[start:stop]
+        hidden = layer.activation(F.linear(x_TH.index_select(0, token), up[e], up_bias[e]))
+        rows = F.linear(hidden, down[e], down_bias[e])
+        rows = layer.finish(rows) if layer.finish else rows
+        out = out.index_add(0, token, rows * weight[start:stop])
+    return out.to(x_TH.dtype)
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TH: Tensor,
+        weight_TK: Tensor,
+        index_TK: Tensor,
+        activation: Activation,
+        gate_up: Tensor,
+        down: Tensor,
+        gate_up_bias: Tensor | None,
+        down_bias: Tensor | None,
+    ) -> Tensor:
+        plan = Plan.of(index_TK, down.shape[0])
+        wide = _compute_dtype(down)
+        x = x_TH.to(wide)
+        weight = plan.weights(weight_TK, wide)
+        z_SG = down.new_empty(plan.pair.numel(), gate_up.shape[1])
+        out = torch.zeros_like(x)
+        for e, start, stop in plan.segments:
+            token = plan.token[start:stop]
+            z = _linear(x.index_select(0, token), gate_up[e], gate_up_bias, e)
+            z_SG[start:stop] = z
+            hidden = activation(z).mul_(weight[start:stop])
+            rows = torch.mm(hidden, down[e].to(wide).t())
+            if down_bias is not None:
+                rows.addcmul_(weight[start:stop], down_bias[e].to(wide))
+            out.index_add_(0, token, rows)
+        ctx.save_for_backward(x_TH, weight_TK, z_SG, gate_up, down, gate_up_bias, down_bias)
+        ctx.plan, ctx.activation = plan, activation
+        return out.to(x_TH.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_TH, weight_TK, z_SG, gate_up, down, gate_up_bias, down_bias = ctx.saved_tensors
+        plan, wide = ctx.plan, _compute_dtype(down)
+        x, dout = x_TH.to(wide), grads[0].to(wide)
+        weight = plan.weights(weight_TK, wide)
+        dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
+        dweight = torch.zeros(weight_TK.numel(), dtype=wide, device=x.device)
+        banks = (gate_up, down, gate_up_bias, down_bias)
+        wanted = [t if need else None for t, need in zip(banks, ctx.needs_input_grad[4:], strict=True)]
+        into = _Gradients(*wanted, active=[e for e, _, _ in plan.segments])
+        for e, start, stop in plan.segments:
+            token, w = plan.token[start:stop], weight[start:stop]
+            dy = dout.index_select(0, token)
+            dwh = torch.mm(dy, down[e].to(wide))
+            hidden, dz = _through(ctx.activation, z_SG[start:stop].to(wide), dwh, w)
+            dw = (dwh * hidden).sum(1)
+            if down_bias is not None:
+                dw += torch.mv(dy, down_bias[e].to(wide))
+                into.bias(3, e, torch.mv(dy.t(), w[:, 0]))
+            dweight[plan.pair[start:stop]] = dw
+            into.product(1, e, dy, hidden.mul_(w))
+            into.bias(2, e, dz.sum(0))
+            into.product(0, e, dz, x.index_select(0, token))
+            if dx is not None:
+                dx.index_add_(0, token, torch.mm(dz, gate_up[e].to(wide)))
+        dx = None if dx is None else dx.to(x_TH.dtype)
+        return dx, dweight.view_as(weight_TK).to(weight_TK.dtype), None, None, *into.tensors
+
+
+class _Gradients:
+    """Gradients of the stacked weights: every active expert written once, the others zeroed."""
+
+    def __init__(self, *weights: Tensor | None, active: list[int]) -> None:
+        self.tensors = [None if w is None else torch.empty_like(w) for w in weights]
+        for tensor in self.tensors:
+            idle = set(range(0 if tensor is None else len(tensor))).difference(active)
+            if tensor is not None and idle:
+                tensor.index_fill_(0, torch.tensor(sorted(idle), device=tensor.device), 0)
+
+    def product(self, which: int, expert: int, dout_MN: Tensor, in_MK: Tensor) -> None:
+        target = self.tensors[which]
+        if target is None:
+            return
+        if target.dtype == dout_MN.dtype:
+            torch.mm(dout_MN.t(), in_MK, out=target[expert])
+        else:
+            target[expert] = torch.mm(dout_MN.t(), in_MK)
+
+    def bias(self, which: int, expert: int, value_N: Tensor) -> None:
+        target = self.tensors[which]
+        if target is not None:
+            target[expert] = value_N
+
+
+def _through(activation: Activation, z_MG: Tensor, dwh_MI: Tensor, weight_M1: Tensor) -> tuple[Tensor, Tensor]:
+    """(h [M, I], dz [M, G]) from the gradient of w * h; the hidden units are computed again."""
+    dh = dwh_MI * weight_M1
+    if activation is SILU_MUL:
+        gate, up = z_MG.chunk(2, dim=1)
+        silu = F.silu(gate)
+        dz = torch.empty_like(z_MG)
+        dgate, dup = dz.chunk(2, dim=1)
+        torch.mul(dh, silu, out=dup)
+        torch.ops.aten.silu_backward.grad_input(dh.mul_(up), gate, grad_input=dgate)
+        return silu.mul_(up), dz
+    with torch.enable_grad():
+        z = z_MG.detach().requires_grad_()
+        hidden = activation(z)
+        (dz,) = torch.autograd.grad(hidden, z, dh)
+    return hidden.detach(), dz
+
+
+def _compute_dtype(weight: Tensor) -> torch.dtype:
+    """float32 where a CPU has no units for the weights' half precision: several times faster there, and exact."""
+    if weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16) and not has_units(weight.dtype):
+        return torch.float32
+    return weight.dtype
+
+
+def _linear(x_MK: Tensor, weight_NK: Tensor, bias_EN: Tensor | None, expert: int) -> Tensor:
+    bias = None if bias_EN is None else bias_EN[expert].to(x_MK.dtype)
+    return F.linear(x_MK, weight_NK.to(x_MK.dtype), bias)
