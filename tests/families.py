@@ -120,6 +120,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         **_LINEAR, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
         "indexer_compress_ratio": 2,
     },
+    "step3p7": {"text_config": {"mlp_layer_types": ["dense", "sparse", "sparse"], "share_expert_dim": 24}},
     "switch_transformers": {
         "d_model": 32, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_decoder_layers": 2, "num_sparse_encoder_layers": 2,
         "num_sparse_decoder_layers": 2,
@@ -175,12 +176,14 @@ def _randomise(model: torch.nn.Module, seed: int) -> None:
     for name, tensor in sorted((dict(model.named_parameters()) | dict(model.named_buffers())).items()):
         data = tensor.data
         if name.endswith("tid2eid"):
-            scores = torch.rand(data.shape[0], NUM_EXPERTS, generator=generator)
-            data.copy_(scores.argsort(dim=1)[:, : data.shape[1]])
+            # Only the first five experts are named, so that some can be removed without touching a token's experts.
+            data.copy_(torch.rand(data.shape[0], 5, generator=generator).argsort(dim=1)[:, : data.shape[1]])
         elif not data.is_floating_point():
             continue
         elif re.search(r"correction_bias$|expert_bias$|balancing_biases$|router\.bias$", name):
             data.uniform_(-0.3, 0.3, generator=generator)
+            if name.endswith("balancing_biases"):
+                data[-1] = -1.0  # the skip class: loading resets it to this value
         elif re.search(r"per_expert_scale$|router\.scale$|router_states_scale$|global_scale$|post_expert_norm", name):
             data.uniform_(0.5, 1.5, generator=generator)
         elif re.search(r"\b(gate|router|router_gate)\b.*weight$", name) and data.dim() == 2:
@@ -198,6 +201,7 @@ def build(family: str, seed: int = 0, **overrides: Any) -> tuple[transformers.Pr
     _randomise(model, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     inputs = {"input_ids": torch.randint(3, VOCAB, (2, 12), generator=generator)}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = torch.randint(3, VOCAB, (2, 12), generator=generator)
+    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
+        length = getattr(model.config, "canvas_length", 12)
+        inputs["decoder_input_ids"] = torch.randint(3, VOCAB, (2, length), generator=generator)
     return model, inputs

@@ -1,0 +1,130 @@
+"""Finding every MoE block of a live model by what its modules look like, with a short table for those that differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from ..errors import UnsupportedModelError
+from ._layout import Flattened, Layout, Modules, Pair, SingleUnits, Stacked, TransposedOnInput
+from .block import MoEBlock
+from .deviants import router_for
+from .families import UNSUPPORTED
+
+LAYOUTS: dict[str, type[Layout]] = {
+    "Llama4TextExperts": TransposedOnInput,
+    "DbrxExperts": Flattened,
+    "JetMoeMoE": Pair,
+    "SwitchTransformersExperts": Modules,
+    "DogeCDMoE": SingleUnits,
+}
+"""Experts modules that are not stacked as transformers' shared contract has them, by class name."""
+
+_WHOLE_BLOCKS = {"JetMoeMoE", "DogeCDMoE"}
+"""Classes that are experts and block in one."""
+
+_ROUTER_NAMES = ("gate", "router", "router_gate")
+
+
+def blocks(model: nn.Module) -> list[MoEBlock]:
+    """Every MoE feed-forward block of ``model``, in layer order.
+
+    Raises :class:`UnsupportedModelError` for a dense model, a family in ``UNSUPPORTED``, or a router that no recipe and
+    no entry of ``deviants`` describes.
+    """
+    family = type(model).__module__.split(".")[-2] if "." in type(model).__module__ else ""
+    if family in UNSUPPORTED:
+        raise UnsupportedModelError(f"{family} is not supported: {UNSUPPORTED[family]}")
+    found = [_block(model, name, layout) for name, layout in _experts(model)]
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no Mixture-of-Experts block: it is a dense model, and there are no experts "
+            "to work on"
+        )
+    return found
+
+
+def _experts(model: nn.Module) -> Iterator[tuple[str, Layout]]:
+    for name, module in model.named_modules():
+        named = next((LAYOUTS[c.__name__] for c in type(module).__mro__ if c.__name__ in LAYOUTS), None)
+        down = getattr(module, "down_proj", None)
+        if named is not None:
+            yield name, named(module, _count(module))
+        elif "shared" in name.rpartition(".")[2]:
+            continue
+        elif isinstance(down, Tensor) and down.dim() == 3 and _router_of(model, name) is not None:
+            yield name, Stacked(module, down.shape[0])
+
+
+def _count(module: nn.Module) -> int:
+    """The number of experts, from the tensors rather than from what the module says."""
+    if isinstance(module, nn.ModuleDict):
+        return len(module)
+    for attribute in ("num_experts", "num_routed_experts"):
+        if isinstance(found := getattr(module, attribute, None), int):
+            return found
+    return int(next(p.shape[0] for p in module.parameters() if p.dim() == 3))
+
+
+def _parent(model: nn.Module, name: str) -> tuple[str, nn.Module]:
+    """The block a module of experts belongs to: its parent, or itself where it is both."""
+    module = model.get_submodule(name)
+    if any(c.__name__ in _WHOLE_BLOCKS for c in type(module).__mro__):
+        return name, module
+    path = name.rpartition(".")[0]
+    return path, model.get_submodule(path)
+
+
+def _router_of(model: nn.Module, name: str) -> nn.Module | None:
+    _, parent = _parent(model, name)
+    children = dict(parent.named_children())
+    named = [children[n] for n in _ROUTER_NAMES if n in children]
+    alike = [c for c in children.values() if type(c).__name__.endswith(("Router", "Gate", "Gating"))]
+    return next(iter(named + alike), None)
+
+
+def _block(model: nn.Module, name: str, layout: Layout) -> MoEBlock:
+    path, parent = _parent(model, name)
+    gate = _router_of(model, name)
+    if gate is None:
+        raise UnsupportedModelError(
+            f"{name} ({type(layout.module).__name__}) has experts but no router beside it: expected a sibling called "
+            f"{' or '.join(_ROUTER_NAMES)}"
+        )
+    return MoEBlock(
+        path,
+        next((int(part) for part in name.split(".") if part.isdigit()), 0),
+        parent,
+        layout.module,
+        layout,
+        router_for(gate, parent, layout.num_experts),
+        shared=tuple(_shared(model, path)),
+        neighbours=tuple(_neighbours(model, path)),
+    )
+
+
+def _ancestors(path: str) -> Iterator[str]:
+    """The block's path and those above it, up to the decoder layer (the first numbered module)."""
+    parts = path.split(".")
+    first = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+    for end in range(len(parts), first, -1):
+        yield ".".join(parts[:end])
+
+
+def _shared(model: nn.Module, path: str) -> Iterator[nn.Module]:
+    for above in _ancestors(path):
+        for name, child in model.get_submodule(above).named_children():
+            if "shared" in name:
+                yield child
+
+
+def _neighbours(model: nn.Module, path: str) -> Iterator[nn.Module]:
+    """The modules around the block, within its layer, one of which (a norm) may have produced its input."""
+    *_, layer = _ancestors(path)
+    for name, module in model.get_submodule(layer).named_modules():
+        full = f"{layer}.{name}"
+        within = full.startswith(path + ".") and path != layer
+        around = not name or path == full or path.startswith(full + ".")
+        if not within and not around and not isinstance(module, nn.Linear | nn.Embedding | nn.ModuleList):
+            yield module
