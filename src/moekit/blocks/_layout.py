@@ -54,7 +54,11 @@ class Layout:
         """What the family does to an expert's output before weighting it (a post-expert norm), else nothing."""
         return self.module.post_expert_norm(slots) if getattr(self.module, "has_post_expert_norm", False) else slots
 
-    def bank(self) -> DenseBank:
+    def stored(self, expert: Tensor) -> Tensor:
+        """Router ids to the bank's experts (PAD stays PAD)."""
+        return expert
+
+    def bank(self) -> ExpertBank:
         return DenseBank(**self.read(), activation=self.activation())
 
     def put(self, bank: ExpertBank) -> None:
@@ -71,6 +75,28 @@ class Layout:
                 )
         with torch.no_grad():
             self.write(dense)
+
+
+class Packed(Layout):
+    """moekit's packed experts: the module has a bank of its own, which router ids reach through its slots."""
+
+    @property
+    def hidden_size(self) -> int:
+        return self.module.hidden_dim
+
+    def stored(self, expert: Tensor) -> Tensor:
+        if self.module.slots is None:
+            return expert
+        table = torch.tensor([*self.module.slots, -1], device=expert.device)
+        return table[expert]  # PAD is -1, the last entry
+
+    def bank(self) -> ExpertBank:
+        return self.module.bank
+
+    def put(self, bank: ExpertBank) -> None:
+        raise PlanError(
+            "packed experts cannot be written to: load the model they were packed from, edit that, pack anew"
+        )
 
 
 class Stacked(Layout):

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..bank import ExpertBank
 from ..contract import Context, RouterEdit, Routing, weighted_sum
 from ..errors import PlanError
+from ..kernels import run as run_bank
 from ._layout import Layout
 from .edit import Edit
 from .observe import Observation, Observer
@@ -101,15 +101,11 @@ class MoEBlock:
         Where a family multiplies an expert's input by the weight (Llama 4), the output is divided by it, so that the
         weighted sum is the family's in every case.
         """
-        bank = self.bank()
-        slots = x_TH.new_zeros(*routing.expert.shape, bank.hidden_size)
-        for index in routing.expert[routing.used].unique().tolist():
-            token, slot = (routing.expert == index).nonzero(as_tuple=True)
-            gate_up, down, gate_up_bias, down_bias = bank.expert(index)
-            hidden = x_TH[token]
-            weight = routing.weight[token, slot, None].to(hidden.dtype)
-            hidden = hidden * weight if self.layout.weights_on_input else hidden
-            hidden = F.linear(bank.activation(F.linear(hidden, gate_up, gate_up_bias)), down, down_bias)
-            hidden = self.layout.finish(hidden)
-            slots[token, slot] = hidden / weight if self.layout.weights_on_input else hidden
-        return slots
+        stored, weight = self.layout.stored(routing.expert), routing.weight.to(x_TH.dtype)[..., None]
+        if self.layout.weights_on_input:
+            rows_SH = (x_TH[:, None] * weight).flatten(0, 1)
+            pairs = Routing(stored.reshape(-1, 1), routing.weight.reshape(-1, 1))
+            slots = run_bank(self.bank(), rows_SH, pairs).view(*stored.shape, -1) / weight
+        else:
+            slots = self.layout.finish(run_bank(self.bank(), x_TH, Routing(stored, routing.weight)))
+        return slots.where(routing.used[..., None], 0)

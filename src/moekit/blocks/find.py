@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from ._layout import Flattened, Layout, Modules, Pair, SingleUnits, Stacked, TransposedOnInput
+from ._layout import Flattened, Layout, Modules, Packed, Pair, SingleUnits, Stacked, TransposedOnInput
 from .block import MoEBlock
 from .deviants import router_for
 from .families import UNSUPPORTED
@@ -18,6 +18,7 @@ LAYOUTS: dict[str, type[Layout]] = {
     "JetMoeMoE": Pair,
     "SwitchTransformersExperts": Modules,
     "DogeCDMoE": SingleUnits,
+    "PackedExperts": Packed,
 }
 """Experts modules that are not stacked as transformers' shared contract has them, by class name."""
 
