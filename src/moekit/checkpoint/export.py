@@ -7,7 +7,7 @@ Format: the compressed-tensors library, ``compressors/pack_quantized``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ def unpack_weight(packed: Mapping[str, Tensor], bits: int) -> Tensor:
     return groups.reshape(rows, columns)
 
 
-def quantization_config(bits: int, group_size: int, ignore: Sequence[str]) -> dict[str, Any]:
+def quantization_config(bits: int, group_size: int, ignore: Iterable[str]) -> dict[str, Any]:
     """The ``quantization_config`` of config.json; ``ignore`` names every linear module that is left as it was."""
     weights = {
         "num_bits": bits,

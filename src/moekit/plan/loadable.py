@@ -1,0 +1,64 @@
+"""Would stock transformers load it? Its own loading code, run on names, shapes and dtypes without reading a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import get_hf_quantizer
+from transformers.utils import logging as transformers_logging
+
+from moekit.checkpoint.skeleton import model_class
+
+Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Tensor name -> (dtype, shape), as the headers of the files have them."""
+
+_META = torch.device("meta")
+
+
+def dry_load(folder: Path, specs: Specs) -> dict[str, Any]:
+    """Which keys loading ``folder`` would miss, not expect, mismatch or fail to convert.
+
+    ``folder`` needs only its config.json; the tensors are those of ``specs``, on the meta device.
+    """
+    transformers_logging.disable_progress_bar()
+    config = AutoConfig.from_pretrained(folder)
+    dtype = config.dtype or torch.float32
+    model, quantizer = _skeleton(config, dtype)
+    tensors = {name: torch.empty(shape, dtype=kind, device=_META) for name, (kind, shape) in specs.items()}
+    loading = LoadStateDictConfig(
+        weight_mapping=get_model_conversion_mapping(model, hf_quantizer=quantizer),
+        hf_quantizer=quantizer,
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        device_map={"": _META},
+    )
+    info, _ = convert_and_load_state_dict_in_model(model, tensors, loading)
+    model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+    model._adjust_missing_and_unexpected_keys(info)
+    return {
+        "how": "dry run: names, shapes and dtypes on the meta device",
+        "model": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "missing_keys": sorted(info.missing_keys),
+        "unexpected_keys": sorted(info.unexpected_keys),
+        "mismatched_keys": sorted(map(str, info.mismatched_keys)) + sorted(info.conversion_errors),
+    }
+
+
+def _skeleton(config: PretrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, HfQuantizer | None]:
+    quantizer, config, _ = get_hf_quantizer(config, None, {"": _META}, True, {})
+    with _META:
+        model = model_class(config)._from_config(config, dtype=dtype)
+        if quantizer is not None:
+            quantizer.preprocess_model(
+                model=model, dtype=dtype, device_map={"": _META}, checkpoint_files=None, use_kernels=False
+            )
+    return model, quantizer

@@ -1,0 +1,204 @@
+"""What a plan becomes in one output format: for every MoE layer the rows, experts and slots that will lie on disk.
+
+Formats: ``stock`` (what the family's own classes load: one number of experts for all layers, row s calls expert s,
+the source's precision), ``moekit`` (anything a plan can say), ``compressed-tensors`` (stock with all experts at 4 or at
+8 bits). ``auto`` is stock where it can be, else moekit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moekit.checkpoint.export import BITS as EXPORT_BITS
+from moekit.errors import OptionError, PlanError
+from moekit.plan.document import Plan
+from moekit.plan.layer import LayerPlan, Row, StoredExpert
+
+if TYPE_CHECKING:
+    from moekit.checkpoint import Checkpoint, MoELayer
+
+FORMATS = ("auto", "stock", "moekit", "compressed-tensors")
+
+
+@dataclass(frozen=True)
+class LayerTarget:
+    """One layer of the output. ``experts[i]`` None is an expert of zeros, ``rows[s]`` None a row of zeros: padding.
+
+    ``slots[s]`` is the stored expert of row s, -1 where the row must never be chosen. ``style``: "copy" (as the source
+    stores it), "dense" (the family's layout, rebuilt), "packed" (moekit's) or "export" (compressed-tensors).
+    """
+
+    layer: MoELayer
+    style: str
+    experts: tuple[StoredExpert | None, ...]
+    rows: tuple[Row | None, ...]
+    slots: tuple[int, ...]
+
+    @property
+    def plain(self) -> bool:
+        return self.slots == tuple(range(len(self.experts)))
+
+
+@dataclass(frozen=True)
+class Target:
+    """``dense``: what the source stores quantised is decoded. ``dropped``: extra layers left out, and why."""
+
+    format: str
+    layers: Mapping[str, LayerTarget]
+    dense: bool
+    dropped: Mapping[str, str]
+
+    @property
+    def num_rows(self) -> int:
+        """Router rows per layer of the output: the number of experts its config states."""
+        return len(next(iter(self.layers.values())).rows)
+
+
+def make_target(checkpoint: Checkpoint, plan: Plan, format: str = "auto", materialise: bool = False) -> Target:
+    """Decide how ``plan`` is laid out on disk.
+
+    Args:
+        materialise: let the stock formats store shared experts once per row that calls them, and pad layers with
+            fewer experts than others by rows that a selection bias of -inf forbids.
+
+    Raises:
+        PlanError: the format cannot express the plan; says what it is that it cannot.
+        OptionError: an unknown format.
+    """
+    if format not in FORMATS:
+        raise OptionError(f"unknown format '{format}': use one of {', '.join(FORMATS)}")
+    quantised = checkpoint.config.get("quantization_config") or {}
+    if quantised.get("quant_method") == "moekit":
+        raise PlanError(f"{checkpoint.path} is already packed by moekit; apply plans to the model it was made from")
+    plans = {
+        layer.name: plan.layer(layer.name, layer.num_experts) for layer in checkpoint.moe_layers if not layer.extra
+    }
+    format = _choose(plans) if format == "auto" else format
+    touched = not all(expert.untouched for layer in plans.values() for expert in layer.experts)
+    dense = bool(quantised) and (touched or format == "compressed-tensors")
+    layers: dict[str, LayerTarget] = {}
+    if format == "moekit":
+        wide = len({len(layer.rows) for layer in plans.values()}) > 1
+        for layer in _live(checkpoint):
+            layers[layer.name] = _packed(layer, plans[layer.name], wide, dense)
+    else:
+        _check_bits(plans, format)
+        if not materialise:
+            _check_stock(plans)
+        count = max(len(layer.rows) for layer in plans.values())
+        for layer in _live(checkpoint):
+            layers[layer.name] = _stock(layer, plans[layer.name], count, dense, format)
+    return Target(format, layers, dense, _dropped(checkpoint, plan, layers))
+
+
+def _live(checkpoint: Checkpoint) -> Iterator[MoELayer]:
+    return (layer for layer in checkpoint.moe_layers if not layer.extra)
+
+
+def _choose(plans: Mapping[str, LayerPlan]) -> str:
+    plain = all(p.plain_slots and all(e.bits == 16 for e in p.experts) for p in plans.values())
+    return "stock" if plain and len({len(p.rows) for p in plans.values()}) == 1 else "moekit"
+
+
+def _check_bits(plans: Mapping[str, LayerPlan], format: str) -> None:
+    bits = {(e.bits, e.group_size if e.bits != 16 else 0) for layer in plans.values() for e in layer.experts}
+    shown = ", ".join(f"{b} bits" if b == 16 else f"{b} bits in groups of {g}" for b, g in sorted(bits))
+    if format == "stock" and any(b != 16 for b, _ in bits):
+        raise PlanError(
+            f"the stock format keeps the source's precision, but the plan has experts at {shown}; "
+            "use --format moekit, or compressed-tensors for 4 or 8 bits throughout"
+        )
+    if format == "compressed-tensors" and (len(bits) > 1 or next(iter(bits))[0] not in EXPORT_BITS):
+        raise PlanError(
+            f"the compressed-tensors format needs every expert at 4 or every expert at 8 bits, and one "
+            f"group size, but the plan has {shown}; its readers decode mixed widths wrongly: "
+            "use --format moekit"
+        )
+
+
+def _check_stock(plans: Mapping[str, LayerPlan]) -> None:
+    counts = {len(layer.rows) for layer in plans.values()}
+    if len(counts) > 1:
+        raise PlanError(
+            f"layers keep between {min(counts)} and {max(counts)} experts, but the stock format has one "
+            "number for all; use --format moekit, or materialise to pad the smaller layers"
+        )
+    for name, layer in plans.items():
+        if not layer.plain_slots:
+            raise PlanError(
+                f"layer {name} has router rows that share an expert or are masked, which the stock format "
+                "cannot say; use --format moekit, or materialise to store shared experts several times"
+            )
+
+
+def _stock(layer: MoELayer, plan: LayerPlan, count: int, dense: bool, format: str) -> LayerTarget:
+    padding = count - len(plan.rows)
+    experts = tuple(plan.experts[slot] if slot >= 0 else None for slot in plan.slots) + (None,) * padding
+    rows = plan.rows + (None,) * padding
+    if None in experts:
+        _check_maskable(layer)
+    style = "export" if format == "compressed-tensors" else "copy"
+    if style == "copy" and (dense or not all(e is not None and e.untouched for e in experts)):
+        style = "dense"
+    return LayerTarget(layer, style, experts, rows, tuple(i if e else -1 for i, e in enumerate(experts)))
+
+
+def _check_maskable(layer: MoELayer) -> None:
+    """A stock router obeys a mask only through a bias on what it ranks."""
+    if layer.groups:
+        raise PlanError(
+            f"layer {layer.name} ranks experts in groups, where padded rows change the ranking; use --format moekit"
+        )
+    if not any(is_bias(row.name) for row in layer.row_tensors):
+        raise PlanError(
+            f"layer {layer.name} has no selection bias, so a stock router could choose its padded rows; "
+            "use --format moekit"
+        )
+
+
+def is_bias(name: str) -> bool:
+    """Whether a row tensor is added to what the router ranks (router weights and output scales are not)."""
+    return "bias" in name.rpartition(".")[2]
+
+
+def _packed(layer: MoELayer, plan: LayerPlan, wide: bool, dense: bool) -> LayerTarget:
+    if wide:
+        plan = _widened(plan, layer)
+    plain = plan.plain_slots and all(expert.bits == 16 for expert in plan.experts)
+    if not plain:
+        return LayerTarget(layer, "packed", plan.experts, plan.rows, plan.slots)
+    style = "copy" if not dense and all(expert.untouched for expert in plan.experts) else "dense"
+    return LayerTarget(layer, style, plan.experts, plan.rows, plan.slots)
+
+
+def _widened(plan: LayerPlan, layer: MoELayer) -> LayerPlan:
+    """The same layer with as many router rows as the source has, each kept row at the place of its heaviest source row
+    (or one near it, in its group); the others are masked. Layers with different counts then share one config."""
+    size = layer.num_experts // (layer.groups[0] if layer.groups else 1)
+    place: dict[int, int] = {}
+    for index, row in enumerate(plan.rows):
+        wish = max(row, key=lambda part: part[1])[0]
+        free = (p for p in range(layer.num_experts) if p not in place)
+        place[min(free, key=lambda p: (p // size != wish // size, abs(p - wish)))] = index
+    at = [place.get(position) for position in range(layer.num_experts)]
+    return LayerPlan(
+        num_experts=plan.num_experts,
+        experts=plan.experts,
+        slots=tuple(-1 if i is None else plan.slots[i] for i in at),
+        rows=tuple(((position, 1.0),) if i is None else plan.rows[i] for position, i in enumerate(at)),
+        why=plan.why,
+    )
+
+
+def _dropped(checkpoint: Checkpoint, plan: Plan, layers: Mapping[str, LayerTarget]) -> dict[str, str]:
+    extra = [layer.name for layer in checkpoint.moe_layers if layer.extra]
+    changed = any(len(target.rows) != target.layer.num_experts for target in layers.values())
+    if plan.extra == "drop":
+        reason = "the plan drops prediction layers"
+    elif changed:
+        reason = "a prediction layer has as many experts as the config says, and the plan changes that number"
+    else:
+        return {}
+    return dict.fromkeys(extra, reason)
