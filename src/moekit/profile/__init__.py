@@ -1,0 +1,20 @@
+"""Watching a model route: statistics by layer, expert, domain and phase, the file they are kept in, and the report."""
+
+from moekit.profile.document import LEAST_TOKENS, Profile
+from moekit.profile.layer import LayerProfile
+from moekit.profile.observe import profile
+from moekit.profile.schema import DEFAULT, FIELDS, PHASES
+from moekit.profile.statistics import Statistic
+from moekit.profile.texts import read_texts
+
+__all__ = [
+    "DEFAULT",
+    "FIELDS",
+    "LEAST_TOKENS",
+    "PHASES",
+    "LayerProfile",
+    "Profile",
+    "Statistic",
+    "profile",
+    "read_texts",
+]

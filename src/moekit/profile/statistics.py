@@ -1,0 +1,210 @@
+"""One small class per kind of statistic: fed with views of one layer, batch after batch, it gives one array.
+
+Sums are taken in float64 whatever the model computes in. A figure the model cannot give (logits of a router that has
+none, a residual stream that cannot be told) stays out of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moekit.profile._view import Cells, View, one_hot
+from moekit.profile.schema import HALVES, PHASES
+
+
+@dataclass(frozen=True)
+class Room:
+    """Sizes a statistic needs to know before it begins."""
+
+    num_experts: int
+    num_domains: int
+    num_previous: int = 0
+    num_sampled: int = 0
+    num_traced: int = 0
+
+    @property
+    def cells(self) -> tuple[int, int, int]:
+        return HALVES, self.num_domains, len(PHASES)
+
+
+class Statistic(Protocol):
+    """``observe`` is called once per batch; ``result`` once, after the last."""
+
+    def observe(self, view: View) -> None: ...
+
+    def result(self) -> np.ndarray | None:
+        """The array, or None where nothing could be observed."""
+        ...
+
+
+class SlotSum:
+    """Sums a figure of each (token, slot) pair over tokens, per cell and expert: [half, domain, phase, E]."""
+
+    def __init__(self, room: Room, figure_TK: Callable[[View], Tensor | None]) -> None:
+        self._room, self._figure = room, figure_TK
+        self._sum = torch.zeros(Cells.count(room.num_domains) * room.num_experts, dtype=torch.float64)
+        self._absent = False
+
+    def observe(self, view: View) -> None:
+        figure = self._figure(view)
+        if figure is None:
+            self._absent = True
+            return
+        key_TK = view.cell_T[:, None] * self._room.num_experts + view.expert_TK
+        self._sum.index_add_(0, key_TK[view.used_TK].cpu(), figure[view.used_TK].double().cpu())
+
+    def result(self) -> np.ndarray | None:
+        return None if self._absent else self._sum.view(*self._room.cells, self._room.num_experts).numpy()
+
+
+class TokenSum:
+    """Sums a figure of each token, [T] or [T, E], per cell: [half, domain, phase] or [half, domain, phase, E]."""
+
+    def __init__(self, room: Room, figure: Callable[[View], Tensor | None], width: int | None = None) -> None:
+        self._room, self._figure, self._width = room, figure, width
+        shape = (Cells.count(room.num_domains), *(() if width is None else (width,)))
+        self._sum, self._absent = torch.zeros(shape, dtype=torch.float64), False
+
+    def observe(self, view: View) -> None:
+        figure = self._figure(view)
+        if figure is None:
+            self._absent = True
+            return
+        self._sum.index_add_(0, view.cell_T.cpu(), figure.double().cpu())
+
+    def result(self) -> np.ndarray | None:
+        shape = self._room.cells + (() if self._width is None else (self._width,))
+        return None if self._absent else self._sum.view(shape).numpy()
+
+
+class Largest:
+    """The largest figure of any (token, slot) pair, per expert: [E]; 0 for an expert that no token chose."""
+
+    def __init__(self, room: Room, figure_TK: Callable[[View], Tensor]) -> None:
+        self._figure, self._most = figure_TK, torch.zeros(room.num_experts, dtype=torch.float64)
+
+    def observe(self, view: View) -> None:
+        used = view.used_TK
+        figure = self._figure(view)[used].double().cpu()
+        self._most.scatter_reduce_(0, view.expert_TK[used].cpu(), figure, "amax")
+
+    def result(self) -> np.ndarray:
+        return self._most.numpy()
+
+
+class Product:
+    """Sums the outer product of two figures of each token: [A, B] from [T, A] and [T, B]."""
+
+    def __init__(self, pair: Callable[[View], tuple[Tensor, Tensor] | None]) -> None:
+        self._pair = pair
+        self._sum: Tensor | None = None
+
+    def observe(self, view: View) -> None:
+        if (pair := self._pair(view)) is not None:
+            product = (pair[0].double().T @ pair[1].double()).cpu()
+            self._sum = product if self._sum is None else self._sum.add_(product)
+
+    def result(self) -> np.ndarray | None:
+        return None if self._sum is None else self._sum.numpy()
+
+
+class ExpertMoments:
+    """Second moments of the inputs of each expert's own tokens: [E, H, H]. Large; on request only."""
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+        self._sum: Tensor | None = None
+
+    def observe(self, view: View) -> None:
+        if self._sum is None:
+            width = view.x_TH.shape[1]
+            self._sum = torch.zeros(self._room.num_experts, width, width, dtype=torch.float64)
+        for expert in view.expert_TK[view.used_TK].unique().tolist():
+            x = view.x_TH[view.chosen_TE[:, expert] > 0].double()
+            self._sum[expert] += (x.T @ x).cpu()
+
+    def result(self) -> np.ndarray | None:
+        return None if self._sum is None else self._sum.numpy()
+
+
+class Rows:
+    """Keeps a figure [T, width] of chosen tokens, each at the row that was set aside for it."""
+
+    def __init__(self, rows: int, figure: Callable[[View], Tensor], which: str, fill: float, kind: type) -> None:
+        self._rows, self._figure, self._which, self._fill, self._kind = rows, figure, which, fill, kind
+        self._kept: np.ndarray | None = None
+
+    def observe(self, view: View) -> None:
+        position, row = getattr(view.cells, self._which)
+        if not len(position):
+            return
+        seen = self._figure(view)[_among_real(view.cells.cell, position)].cpu().numpy()
+        if self._kept is None:
+            self._kept = np.full((self._rows, seen.shape[1]), self._fill, dtype=self._kind)
+        self._kept[np.asarray(row)] = seen
+
+    def result(self) -> np.ndarray | None:
+        return self._kept
+
+
+def _among_real(cell: Tensor, position: object) -> Tensor:
+    """Positions in the batch as positions among its real tokens."""
+    return ((cell >= 0).cumsum(0) - 1)[torch.as_tensor(position)]
+
+
+def _transition(view: View, num_previous: int) -> tuple[Tensor, Tensor] | None:
+    return None if view.previous_TK is None else (one_hot(view.previous_TK, num_previous), view.chosen_TE)
+
+
+def _probability(view: View) -> Tensor | None:
+    return None if view.log_probability_TE is None else view.log_probability_TE.exp()
+
+
+def _entropy(view: View) -> Tensor | None:
+    log = view.log_probability_TE
+    return None if log is None else -(log.exp() * log.clamp(min=-1e30)).sum(1)
+
+
+def _contribution(view: View) -> Tensor | None:
+    return None if view.change_T is None else view.change_T[:, None] * (view.weight_TK * view.norm_TK).double()
+
+
+def _residual_energy(view: View) -> Tensor | None:
+    return None if view.residual_TH is None else view.residual_TH.float().square().sum(1, dtype=torch.float64)
+
+
+def _logits(view: View) -> tuple[Tensor, Tensor] | None:
+    logits = view.logits_TE
+    return None if logits is None else (logits, logits)
+
+
+def make(name: str, room: Room) -> Statistic:
+    """The statistic of that name (a key of ``schema.FIELDS``) for one layer."""
+    makers: dict[str, Callable[[], Statistic]] = {
+        "tokens": lambda: TokenSum(room, lambda v: torch.ones_like(v.cell_T, dtype=torch.float64)),
+        "counts": lambda: SlotSum(room, lambda v: torch.ones_like(v.weight_TK)),
+        "probability": lambda: TokenSum(room, _probability, room.num_experts),
+        "weight": lambda: SlotSum(room, lambda v: v.weight_TK),
+        "output_norm": lambda: SlotSum(room, lambda v: v.norm_TK),
+        "gate_norm": lambda: SlotSum(room, lambda v: v.weight_TK.double() * v.norm_TK),
+        "contribution": lambda: SlotSum(room, _contribution),
+        "output_energy": lambda: SlotSum(room, lambda v: (v.weight_TK.double() * v.norm_TK).square()),
+        "entropy": lambda: TokenSum(room, _entropy),
+        "residual_energy": lambda: TokenSum(room, _residual_energy),
+        "max_abs_down": lambda: Largest(room, lambda v: v.max_abs_TK),
+        "coactivation": lambda: Product(lambda v: (v.chosen_TE, v.chosen_TE)),
+        "transition": lambda: Product(lambda v: _transition(v, room.num_previous)),
+        "logit_gram": lambda: Product(_logits),
+        "input_moments": lambda: Product(lambda v: (v.x_TH, v.x_TH)),
+        "expert_moments": lambda: ExpertMoments(room),
+        "hidden": lambda: Rows(room.num_sampled, lambda v: v.x_TH.float(), "sample", 0.0, np.float32),
+        "trace_expert": lambda: Rows(room.num_traced, lambda v: v.expert_TK, "trace", -1, np.int32),
+        "trace_weight": lambda: Rows(room.num_traced, lambda v: v.weight_TK, "trace", 0.0, np.float32),
+    }
+    return makers[name]()

@@ -1,0 +1,51 @@
+"""What a forward pass takes besides weights, estimated on the high side from the configuration alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import PretrainedConfig
+
+_PARKED_COPIES = 4
+"""Residual stream plus what some families carry along: embeddings, a second stream, router states, positions."""
+
+
+def _size(config: PretrainedConfig, *names: str, default: int) -> int:
+    for name in names:
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            return value
+        if isinstance(value, list | tuple) and value and all(isinstance(entry, int) for entry in value):
+            return max(value)
+    return default
+
+
+def shape(batch: Mapping[str, Any]) -> tuple[int, int]:
+    """(sequences, length) of a batch: of its token ids, or of the widest tensor where it has none."""
+    tensors = [batch["input_ids"]] if "input_ids" in batch else [v for v in batch.values() if isinstance(v, Tensor)]
+    largest = max(tensors, key=lambda t: t.numel())
+    return largest.shape[0], largest.shape[1] if largest.dim() > 1 else 1
+
+
+def parked_bytes(config: PretrainedConfig, batch: Mapping[str, Any], itemsize: int) -> int:
+    """Bytes one batch holds while it waits between two layers: its hidden states and its masks."""
+    rows, length = shape(batch)
+    hidden = _size(config.get_text_config(), "hidden_size", "d_model", default=1024)
+    return rows * length * hidden * itemsize * _PARKED_COPIES + 2 * rows * length * length
+
+
+def running_bytes(config: PretrainedConfig, batch: Mapping[str, Any], itemsize: int, logits: bool) -> int:
+    """Bytes the batch that runs takes on top: attention, expert slots and their observation, and its logits."""
+    text = config.get_text_config()
+    rows, length = shape(batch)
+    hidden = _size(text, "hidden_size", "d_model", default=1024)
+    inner = _size(text, "moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size", default=4 * hidden)
+    dense = _size(text, "intermediate_size", "ffn_hidden_size", default=4 * hidden)
+    slots = _size(text, "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", default=8)
+    heads = _size(text, "num_attention_heads", "n_heads", default=8)
+    per_token = (12 * hidden + 3 * dense + slots * (4 * inner + 4 * hidden)) * max(itemsize, 4)
+    attention = min(rows, 1) * heads * length * length * max(itemsize, 4)
+    head = _size(text, "vocab_size", default=32000) * (itemsize + 4) if logits else 0
+    return rows * length * (per_token + head) + attention

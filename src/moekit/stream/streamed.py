@@ -1,0 +1,205 @@
+"""A model that runs layer by layer from disk: one layer's weights resident at a time, all batches passing it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moekit.checkpoint import Checkpoint
+from moekit.errors import UnsupportedModelError
+from moekit.stream import _footprint as footprint
+from moekit.stream import memory
+from moekit.stream._anatomy import anatomy
+from moekit.stream._lockstep import Batch, walk
+from moekit.stream._skeleton import CheckpointSource, call, live_skeleton
+from moekit.stream._weights import Weights, keys_under
+
+logger = logging.getLogger(__name__)
+
+
+class StreamedModel:
+    """``model`` is a skeleton whose layers hold weights only while they run; hooks, edits and observers attach to it as
+    to any live model. ``batch`` is the index of the batch that runs at the moment, for observers.
+
+    Args:
+        checkpoint: what to run.
+        device: where layers are brought and batches computed.
+        dtype: of the weights in memory; the checkpoint's own if None.
+        max_ram: cap on the process's peak resident set (bytes, "3GB" or None). The next layer is read while the
+            present one computes wherever the cap has room for both.
+
+    Raises:
+        BudgetError: at once, if the largest layer does not fit under the cap; names the smallest that works.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        max_ram: int | float | str | memory.Cap | None = None,
+    ) -> None:
+        self.checkpoint, self.device, self.cap = checkpoint, torch.device(device), memory.cap(max_ram)
+        self.model = live_skeleton(checkpoint, dtype, self.device)
+        self.batch = -1
+        self.weights = Weights(
+            self.model, CheckpointSource(checkpoint, self.model.dtype), self.device, str(checkpoint.path)
+        )
+        parts = anatomy(self.model)
+        self.layers: list[nn.Module] = list(parts.layers.values())
+        self._layer_keys = [keys_under(self.weights.meta, name) for name in parts.layers]
+        self._around = self._own_keys(parts.around)
+        self._outside = {module: self._own_keys({name: module}) for name, module in parts.outside.items()}
+        self._itemsize = self.model.dtype.itemsize
+        self.cap.require(self.weight_bytes(), "the largest layer")
+
+    def _own_keys(self, modules: dict[str, nn.Module]) -> list[str]:
+        """State-dict keys that belong to the modules themselves, not to what is inside them."""
+        own = [f"{name}.{key}".lstrip(".") for name, m in modules.items() for key in [*m._parameters, *m._buffers]]
+        return [key for key in own if key in self.weights.meta]
+
+    def weight_bytes(self) -> int:
+        """The most bytes of weights resident at once without reading ahead, copies made while loading included."""
+        units = [*self._layer_keys, *self._outside.values()]
+        peaks = [self.weights.resident_bytes(unit) + self.weights.transient_bytes(unit) for unit in units]
+        return max(peaks, default=0) + self.weights.resident_bytes(self._around)
+
+    def _groups(self, batches: Sequence[Batch], logits: bool) -> list[Sequence[Batch]]:
+        """The batches that wait together, as many as fit between the layers. More groups read the layers again."""
+        room = self.cap.room()
+        if room is None or not batches:
+            return [batches]
+        config, size = self.model.config, self._itemsize
+        parked = max(footprint.parked_bytes(config, batch, size) for batch in batches)
+        running = max(footprint.running_bytes(config, batch, size, logits) for batch in batches)
+        fixed = self.weight_bytes() + running
+        self.cap.require(fixed + parked, "the largest layer with one batch")
+        fit = max(1, (room - fixed) // parked)
+        return [batches[start : start + fit] for start in range(0, len(batches), fit)]
+
+    def forward(
+        self,
+        batches: Sequence[Batch],
+        *,
+        logits: bool = True,
+        on_layer: Callable[[int, int], None] | None = None,
+    ) -> Iterator[Tensor]:
+        """Yield the logits of each batch (keyword arguments of the model), [B, S, V], in order.
+
+        Bit-identical to the loaded model's in float32. With ``logits`` False only the last position's are computed
+        where the family can (for callers that watch the layers). ``on_layer(done, total)`` reports progress.
+        """
+        groups, start = self._groups(batches, logits), 0
+        total = len(groups) * len(self.layers)
+        for number, group in enumerate(groups):
+
+            def tell(at: int, of: int, before: int = number * len(self.layers)) -> None:
+                if on_layer is not None:
+                    on_layer(before + at, total)
+
+            yield from self._pass(group, start, logits, tell)
+            start += len(group)
+
+    def _pass(
+        self, group: Sequence[Batch], start: int, logits: bool, tell: Callable[[int, int], None]
+    ) -> Iterator[Tensor]:
+        def on_run(index: int) -> None:
+            self.batch = start + index
+
+        residency = _Residency(self, self._reads_ahead(group, logits))
+        calls = [call(self.model, batch, self.device, logits) for batch in group]
+        try:
+            residency.open()
+            yield from walk(self.model, self.layers, residency, calls, on_run=on_run, on_layer=tell)
+        finally:
+            residency.close()
+            self.batch = -1
+
+    def _reads_ahead(self, group: Sequence[Batch], logits: bool) -> bool:
+        room = self.cap.room()
+        if room is None:
+            return True
+        config, size = self.model.config, self._itemsize
+        states = sum(footprint.parked_bytes(config, batch, size) for batch in group)
+        states += max((footprint.running_bytes(config, batch, size, logits) for batch in group), default=0)
+        return room > states + 2 * self.weight_bytes()
+
+
+class _Residency:
+    """Which weights are on the device during one pass (the lockstep's ``Residency``)."""
+
+    def __init__(self, owner: StreamedModel, ahead: bool) -> None:
+        self.owner, self.weights = owner, owner.weights
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="next-layer") if ahead else None
+        self.coming: dict[int, Future[None]] = {}
+        self.here: dict[nn.Module, list[str]] = {}
+        self.hooks: list[Any] = []
+
+    def open(self) -> None:
+        self.weights.load(self.owner._around)
+        for module in self.owner._outside:
+            self.hooks.append(module.register_forward_pre_hook(self._bring, prepend=True))
+        # Some families ask where the token embedding is before they call it.
+        if (embedding := self.owner.model.get_input_embeddings()) in self.owner._outside:
+            self._bring(embedding, ())
+
+    def _bring(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A module outside the layers is about to run: its weights come now and stay until the next layer begins."""
+        if any(isinstance(value, Tensor) and value.is_meta for value in args):
+            # Left alone, some operations would read such a tensor as whatever lies in memory.
+            raise UnsupportedModelError(
+                f"{type(self.owner.model).__name__} cannot be run layer by layer: it moves inputs to the weights of "
+                f"{type(module).__name__} are before it calls it; run it in memory, without a cap"
+            )
+        if module not in self.here:
+            self.here[module] = self.owner._outside[module]
+            self.weights.load(self.here[module])
+
+    def enter(self, stop: int) -> None:
+        for module in list(self.here):
+            self.weights.free(self.here.pop(module))
+        if stop < 0:
+            return
+        if (future := self.coming.pop(stop, None)) is not None:
+            future.result()
+        else:
+            self.weights.load(self.owner._layer_keys[stop])
+        if self.reader is not None and stop + 1 < len(self.owner.layers):
+            following = self.owner._layer_keys[stop + 1]
+            self.coming[stop + 1] = self.reader.submit(self.weights.load, following)
+
+    def leave(self, stop: int) -> None:
+        if stop >= 0:
+            self.weights.free(self.owner._layer_keys[stop])
+        if self.owner.cap.limit is not None:
+            memory.trim()
+
+    def close(self) -> None:
+        if self.reader is not None:
+            self.reader.shutdown(wait=True)
+        for hook in self.hooks:
+            hook.remove()
+        for keys in [self.owner._around, *self.here.values(), *self.owner._layer_keys]:
+            self.weights.free(keys)
+        self.here.clear()
+        memory.trim()
+
+
+def smallest_cap(checkpoint: Checkpoint, batch: Batch | None = None, dtype: torch.dtype | None = None) -> int:
+    """Bytes of resident set with which ``checkpoint`` can be run layer by layer, one ``batch`` at a time.
+
+    Counts what this process holds now, the largest layer while it is loaded, and one batch between the layers.
+    """
+    model = StreamedModel(checkpoint, dtype=dtype)
+    need = model.weight_bytes()
+    if batch is not None:
+        config = model.model.config
+        need += footprint.parked_bytes(config, batch, model._itemsize)
+        need += footprint.running_bytes(config, batch, model._itemsize, True)
+    return max(memory.rss() + need + memory.SLACK, memory.peak_rss())
