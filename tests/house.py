@@ -23,6 +23,7 @@ FLOORS = {
     "contract": 0,
     "bank": 0,
     "errors": 0,
+    "_imports": 0,
 }
 ALLOWED = {("bank", "contract"), ("bank", "errors"), ("contract", "errors")}
 FAMILIES = re.compile(

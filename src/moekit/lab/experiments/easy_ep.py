@@ -96,7 +96,7 @@ class Trial:
         return result
 
     def _profile(self, pieces: list[str]) -> Profile:
-        return profile(self.checkpoint, {"domain": pieces}, sequence_length=LENGTH, held_out=0.0)
+        return profile(self.runner, {"domain": pieces}, sequence_length=LENGTH, held_out=0.0)
 
     def _keep(self, spec: str, seen: Profile) -> Kept:
         plan = method(spec).plan(seen, self.checkpoint)

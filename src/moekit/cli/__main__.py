@@ -1,0 +1,5 @@
+"""`python -m moekit.cli` is `moekit`."""
+
+from moekit.cli._app import main
+
+main()

@@ -1,0 +1,36 @@
+"""Arguments and options that several commands share, so that they read and mean the same everywhere."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A model folder, a hub id in the local cache, or moekit:NAME.")
+]
+Text = Annotated[
+    list[str],
+    typer.Option(
+        "--text", metavar="[DOMAIN=]FILE", help="Text: a plain file, or JSONL with text or chat messages. Repeatable."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output, and nothing else.")]
+MaxRam = Annotated[
+    str | None,
+    typer.Option("--max-ram", metavar="SIZE", help="Cap on this process's peak memory, such as 3GB (10^9 bytes)."),
+]
+Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where to compute.")]
+ProfileFile = Annotated[
+    Path | None, typer.Option("--profile", metavar="FILE", help="A profile made by `moekit profile`, in place of text.")
+]
+OutputDir = Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder to write; must not exist yet.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+MaxTokens = Annotated[
+    int | None, typer.Option("--max-tokens", metavar="N", min=1, help="Observe at most this many tokens in all.")
+]
+With = Annotated[
+    list[str],
+    typer.Option(
+        "--with", metavar="METHOD[:KEY=VALUE,...]", help="A method with its options. Repeatable: applied in order."
+    ),
+]

@@ -1,0 +1,113 @@
+"""What a person or a program sees: tables and JSON on standard output, progress on standard error."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+Advance = Callable[[int, int], None]
+"""Called with (steps done, steps in all) while something runs."""
+
+_PATIENCE = 2.0
+"""Seconds before a progress bar appears."""
+_PIPED_WIDTH = 160
+
+
+def out() -> Console:
+    """Standard output; wide and without colours where it is piped."""
+    piped = not sys.stdout.isatty()
+    return Console(file=sys.stdout, width=_PIPED_WIDTH if piped else None, soft_wrap=piped, highlight=False)
+
+
+def say(*lines: str) -> None:
+    """Lines on standard output, as they are."""
+    console = out()
+    for line in lines:
+        console.print(line, markup=False)
+
+
+def note(line: str) -> None:
+    """A remark on standard error where a person watches; silent where it is piped."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"{line}\n")
+
+
+def emit(data: Any) -> None:
+    """One JSON document on standard output; NaN and infinities become null."""
+    sys.stdout.write(json.dumps(_plain(data), indent=2) + "\n")
+
+
+def _plain(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {str(key): _plain(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_plain(value) for value in data]
+    if hasattr(data, "tolist"):
+        return _plain(data.tolist())
+    if isinstance(data, float) and not math.isfinite(data):
+        return None
+    return data if isinstance(data, str | int | float | bool | None) else str(data)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+    """A table on standard output; every column but the first is right-aligned where all its cells are numbers."""
+    shown = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for i, name in enumerate(columns):
+        numeric = i > 0 and all(_is_number(row[i]) for row in rows)
+        shown.add_column(name, justify="right" if numeric else "left", no_wrap=numeric)
+    for row in rows:
+        shown.add_row(*map(Text, row))
+    out().print(shown)
+
+
+def _is_number(cell: str) -> bool:
+    return not cell or cell[0].isdigit() or (cell[0] in "-+." and cell[1:2].isdigit())
+
+
+def gigabytes(size: float) -> str:
+    """Bytes as GB of 10^9 with one decimal; as MB where that would read 0.0."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def parameters(count: float) -> str:
+    """A number of parameters as people say it: 7.2B, 3.4M."""
+    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if count >= unit:
+            return f"{count / unit:.1f}{name}"
+    return str(int(count))
+
+
+@contextmanager
+def progress(label: str) -> Iterator[Advance]:
+    """A bar with an estimate of the time left, on standard error, once the work has taken two seconds."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(file=sys.stderr),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+    begun = time.monotonic()
+    task = bar.add_task(label, total=None)
+
+    def advance(done: int, total: int) -> None:
+        bar.update(task, completed=done, total=total)
+        if time.monotonic() - begun > _PATIENCE:
+            bar.start()
+
+    try:
+        yield advance
+    finally:
+        bar.stop()

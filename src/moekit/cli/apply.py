@@ -1,0 +1,5 @@
+"""`moekit apply`."""
+
+
+def apply() -> None:
+    """Not there yet."""

@@ -1,0 +1,5 @@
+"""`moekit compress`."""
+
+
+def compress() -> None:
+    """Not there yet."""

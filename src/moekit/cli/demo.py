@@ -1,0 +1,5 @@
+"""`moekit demo`."""
+
+
+def demo() -> None:
+    """Not there yet."""

@@ -1,0 +1,73 @@
+"""`moekit eval`: what a model scores."""
+
+from typing import Annotated, Any
+
+import typer
+
+from moekit.cli import _show
+from moekit.cli._options import Device, Json, MaxRam, Model, Text
+from moekit.errors import OptionError
+
+
+def evaluate(
+    model: Model,
+    text: Text = [],  # noqa: B006
+    task: Annotated[
+        list[str], typer.Option("--task", metavar="TASK", help="An exact task of the lab, or `all`. Repeatable.")
+    ] = [],  # noqa: B006
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="MODEL", help="A reference: divergence from it on the text.")
+    ] = None,
+    examples: Annotated[int, typer.Option("--examples", metavar="N", min=1, help="Examples of each task.")] = 200,
+    length: Annotated[int, typer.Option("--length", metavar="N", min=2, help="Tokens in one window of text.")] = 512,
+    max_ram: MaxRam = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure bits per byte on text, exact match on tasks, and the divergence from a reference model.
+
+    \b
+    Examples:
+      moekit eval moekit:mini --text notes.txt --task arithmetic
+      moekit eval out/half --against moekit:mini --text code=a.py --text prose=b.txt --json
+    """
+    if not text and not task:
+        raise OptionError("nothing to measure: give --text FILE or --task TASK")
+    if against and not text:
+        raise OptionError("--against compares on text: give --text FILE as well")
+    from moekit.checkpoint import Checkpoint
+    from moekit.lab import TASKS
+    from moekit.lab import task as known
+    from moekit.measure import bits_per_byte, compare, exact_match, windows
+    from moekit.profile import read_texts
+    from moekit.stream import open_model
+
+    names = list(TASKS) if task == ["all"] else task
+    for name in names:
+        known(name)
+    checkpoint = Checkpoint.open(model)
+    tokenizer = checkpoint.tokenizer()
+    texts = read_texts(text, tokenizer) if text else {}
+    runner = open_model(checkpoint, device=device, max_ram=max_ram)
+    found: dict[str, Any] = {"model": model, "bits_per_byte": {}, "exact_match": {}}
+    if texts:
+        found["bits_per_byte"] = bits_per_byte(runner, texts, tokenizer, length=length)
+    found["exact_match"] = {name: exact_match(runner, tokenizer, _examples(name, examples)) for name in names}
+    if against:
+        reference = open_model(against, device=device, max_ram=max_ram)
+        batches = windows([line for lines in texts.values() for line in lines], tokenizer, length=length)
+        found |= {"against": against, "divergence": compare(reference, runner, batches).as_dict()}
+    if as_json:
+        scores = ("bits_per_byte", "exact_match")
+        _show.emit(found | {key: {name: vars(value) for name, value in found[key].items()} for key in scores})
+        return
+    rows = [(f"bits per byte, {name}", str(value)) for name, value in found["bits_per_byte"].items()]
+    rows += [(f"exact match, {name}", str(value)) for name, value in found["exact_match"].items()]
+    rows += [(f"{name} against {against}", f"{value:.4g}") for name, value in found.get("divergence", {}).items()]
+    _show.table((model, "mean [95 % interval]"), rows)
+
+
+def _examples(name: str, count: int) -> list[tuple[str, str]]:
+    from moekit.lab import examples
+
+    return examples(name, "test", count)

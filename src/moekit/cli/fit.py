@@ -1,0 +1,5 @@
+"""`moekit fit`."""
+
+
+def fit() -> None:
+    """Not there yet."""

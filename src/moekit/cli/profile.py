@@ -1,0 +1,87 @@
+"""`moekit profile`: watch a model route text."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moekit.cli import _show
+from moekit.cli._options import Device, Json, MaxRam, MaxTokens, Model, Overwrite, Text
+from moekit.errors import OptionError, OutputError
+
+
+def profile(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", metavar="FILE", help="The profile to write.")],
+    text: Text = [],  # noqa: B006
+    report: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="FILE.html", help="Also write a page of heat maps."),
+    ] = None,
+    statistics: Annotated[
+        str | None,
+        typer.Option("--statistics", metavar="A,B,C", help="Only these statistics; `all` for everything there is."),
+    ] = None,
+    decode_tokens: Annotated[
+        int, typer.Option("--decode-tokens", metavar="N", min=0, help="Also generate N tokens after each sequence.")
+    ] = 0,
+    max_tokens: MaxTokens = None,
+    seed: Annotated[int, typer.Option("--seed", help="Which sequences are used and kept aside.")] = 0,
+    max_ram: MaxRam = None,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Route text through a model and keep what every expert did: one file that all other commands read.
+
+    \b
+    Examples:
+      moekit profile moekit:mini --text notes.txt --output mini.profile --report mini.html
+      moekit profile ./model --text code=a.jsonl --text math=b.jsonl --output p.profile --max-ram 4GB
+    """
+    if not text:
+        raise OptionError("nothing to route: give --text FILE or --text DOMAIN=FILE")
+    for path in (output, report):
+        if path is not None and path.exists() and not overwrite:
+            raise OutputError(f"{path} exists: choose another name or give --overwrite")
+        if path is not None and not path.parent.is_dir():
+            raise OutputError(f"{path.parent} is no folder: create it, or choose another place for {path.name}")
+    from moekit.checkpoint import Checkpoint
+    from moekit.profile import FIELDS, read_texts
+    from moekit.profile import profile as observe
+
+    names = list(FIELDS) if statistics == "all" else statistics.split(",") if statistics else None
+    checkpoint = Checkpoint.open(model)
+    texts = read_texts(text, checkpoint.tokenizer())
+    with _show.progress(f"profile {model}") as advance:
+        found = observe(
+            checkpoint,
+            texts,
+            max_tokens=max_tokens,
+            statistics=names,
+            decode_tokens=decode_tokens,
+            max_ram=max_ram,
+            device=device,
+            seed=seed,
+            progress=advance,
+        )
+    found.save(output, overwrite=overwrite)
+    if report is not None:
+        found.report(report, overwrite=overwrite)
+    if as_json:
+        _show.emit(
+            {
+                "model": model,
+                "output": output,
+                "report": report,
+                "tokens": found.num_tokens,
+                "domains": found.domains,
+                "statistics": found.statistics,
+                "fingerprint": found.fingerprint,
+                "starved": found.starved(),
+            }
+        )
+        return
+    for part in found.tables():
+        _show.table(part.columns, part.rows, part.title)
+    _show.say("", f"wrote {output}" + (f" and {report}" if report else ""))

@@ -1,0 +1,5 @@
+"""`moekit verify`."""
+
+
+def verify() -> None:
+    """Not there yet."""
