@@ -22,13 +22,15 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     nothing and gets no gradient, whatever its weight.
     """
     prepared = self.__dict__.get("_moekit_prepared")
-    if prepared is not None:
+    if prepared is not None and prepared.dropped:
         return prepared(hidden_states, top_k_index, top_k_weights)
     layer = Layer.of_module(self)
     if torch.is_autocast_enabled(hidden_states.device.type):
         hidden_states = hidden_states.to(layer.down.dtype)
     if needs_gradients(layer, hidden_states, top_k_weights):
         return train(layer, hidden_states, top_k_index, top_k_weights)
+    if prepared is not None:
+        return prepared(hidden_states, top_k_index, top_k_weights)
     return forward(PlainProducts(layer), hidden_states, top_k_index, top_k_weights)
 
 

@@ -42,9 +42,17 @@ class PlainProducts:
     def down(self, expert: int, h_MI: Tensor) -> Tensor:
         return self._product(h_MI, self.layer.down[expert], self.layer.down_bias, expert)
 
+    def path(self, rows: int) -> str:
+        """How the products of an expert with so many rows are computed."""
+        if self._turns(rows):
+            return "W @ x.T on tiles converted to float32" if self._converts() else "W @ x.T"
+        if not self._converts():
+            return "x @ W.T"
+        return "one matrix-vector product per row" if rows <= 2 else "x @ W.T on tiles converted to float32"
+
     def rows(self, expert: int, x_MH: Tensor) -> Tensor:
-        count, layer = x_MH.shape[0], self.layer
-        if x_MH.device.type != "cpu" or count < TURN_FROM or (count >= TURN_TO and not self._converts()):
+        layer = self.layer
+        if not self._turns(x_MH.shape[0]):
             return self.down(expert, self.activation(self.up(expert, x_MH)))
         z_GM = self._turned(layer.gate_up[expert], x_MH.t())
         if layer.gate_up_bias is not None:
@@ -53,6 +61,10 @@ class PlainProducts:
         if layer.down_bias is not None:
             out_HM += layer.down_bias[expert].unsqueeze(1)
         return out_HM.t().contiguous()
+
+    def _turns(self, rows: int) -> bool:
+        on_cpu = self.layer.down.device.type == "cpu"
+        return on_cpu and rows >= TURN_FROM and (rows < TURN_TO or self._converts())
 
     def _converts(self) -> bool:
         down = self.layer.down
