@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from moekit.bank import Activation
 from moekit.checkpoint import decode
 from moekit.checkpoint.layers import ExpertTensor, MoELayer
 from moekit.checkpoint.names import EXPERT_INDEX
 from moekit.checkpoint.reader import Reader
+from moekit.checkpoint.stock import stock_tensors
 from moekit.checkpoint.storage import Stored
 from moekit.errors import CheckpointError, OptionError, UnsupportedModelError
 from moekit.formats import DenseBank, _grid
@@ -34,6 +36,12 @@ class Scheme:
     def block(self) -> tuple[int, int]:
         rows, columns = self.config.get("weight_block_size") or (128, 128)
         return int(rows), int(columns)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many experts each layer in moekit's format stores."""
+        packed = self.config.get("layers") if self.config.get("quant_method") == "moekit" else None
+        return {name: int(layer["experts"]) for name, layer in (packed or {}).items()}
 
     def packed(self, layer: str) -> tuple[list[int], list[int]]:
         """Bits and group size of each expert of a layer in moekit's format."""
@@ -164,11 +172,13 @@ def plain(
     return value if dtype is None or not value.is_floating_point() else value.to(dtype)
 
 
-def write_bank(reader: Reader, layer: MoELayer, bank: DenseBank) -> dict[str, Tensor]:
+def write_bank(reader: Reader, layer: MoELayer, bank: DenseBank, model: PreTrainedModel) -> dict[str, Tensor]:
     """The inverse of :func:`read_bank` for any number of experts: the family's plain names and layout.
 
     A quantised source is written unquantised, under the names and in the layout the family has without quantisation.
     """
+    if any(tensor.canonical for tensor in layer.expert_tensors):
+        return stock_tensors(model, layer.shape, bank)
     templates = [t for t in layer.expert_tensors if t.expert in (None, layer.expert_tensors[0].expert)]
     made: dict[str, Tensor] = {}
     for tensor in templates:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from moekit.bank import Activation
-from moekit.checkpoint import banks, resolve, skeleton
+from moekit.checkpoint import banks, remote, resolve, skeleton
 from moekit.checkpoint.headers import TensorInfo, read_header
 from moekit.checkpoint.layers import Classified, ExpertTensor, MoELayer, classify
 from moekit.checkpoint.reader import Reader
@@ -54,6 +54,24 @@ class Checkpoint:
         files, index = resolve.weight_files(path)
         return cls(path, config, join_headers(path, {file: read_header(path / file) for file in files}, index))
 
+    @classmethod
+    def open_headers(cls, ref: str | os.PathLike[str]) -> Checkpoint:
+        """As :meth:`open`; a hub id that is not cached is known by config and headers, fetched from ``HF_ENDPOINT``.
+
+        Such a checkpoint can be inspected and planned for, and raises :class:`CheckpointError` when read.
+        """
+        text = os.fspath(ref)
+        if not resolve.is_hub_id(text) or resolve.is_local(text):
+            return cls.open(ref)
+        config, headers, index = remote.fetch_headers(text)
+        tensors = join_headers(Path(text), headers, index)
+        return cls(Path(text), config, tensors, remote.HeadersOnly(text, tensors))
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether only headers are at hand."""
+        return isinstance(self._reader, remote.HeadersOnly)
+
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.path)!r})"
 
@@ -89,7 +107,7 @@ class Checkpoint:
     def classified(self) -> Classified:
         """What each weight on disk is to the model."""
         shapes = {name: self.tensors[stored.tensors[stored.carrier]].shape for name, stored in self.stored.items()}
-        return classify(self.stored, shapes, self.structure)
+        return classify(self.stored, shapes, self.structure, self.scheme.counts)
 
     @property
     def moe_layers(self) -> tuple[MoELayer, ...]:
@@ -151,7 +169,7 @@ class Checkpoint:
 
         Any number of experts. A quantised source is written unquantised, as the family stores plain weights.
         """
-        return banks.write_bank(self._reader, self.layer(layer), bank)
+        return banks.write_bank(self._reader, self.layer(layer), bank, self.structure.model)
 
     def rename_expert(self, name: str, new_index: int, num_experts: int | None = None) -> str:
         """The name of the same tensor of expert ``new_index``; ``num_experts`` is the new count, needed only where

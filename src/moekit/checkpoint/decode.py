@@ -59,12 +59,12 @@ def unpack(words: Tensor, count: int, bits: int) -> Tensor:
 
 
 def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """MXFP4 (gpt-oss): ``blocks`` uint8 [.., out, in / 32, 16], low nibble first; ``scales`` E8M0 [.., out, in / 32]."""
+    """MXFP4 (gpt-oss): ``blocks`` uint8 [.., out, in / 32, 16], low nibble first; ``scales`` [.., out, in / 32]."""
     table = torch.tensor([*MXFP4_VALUES, *(-value for value in MXFP4_VALUES)])
     nibbles = torch.stack([blocks & 0xF, blocks >> 4], -1).flatten(-2)
     return (table[nibbles.long()] * power_of_two(scales)[..., None]).flatten(-2)
 
 
 def power_of_two(exponents: Tensor) -> Tensor:
-    """E8M0 scales held as bytes: ``2 ** (byte - 127)``."""
-    return torch.ldexp(torch.ones(()), exponents.to(torch.int32) - 127)
+    """E8M0 scales held as bytes: ``2 ** (byte - 127)``, and NaN for 255."""
+    return exponents.view(torch.float8_e8m0fnu).to(torch.float32)

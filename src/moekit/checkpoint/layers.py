@@ -37,6 +37,8 @@ class ExpertTensor:
     interleaved: bool = False
     plain_transposed: bool = False
     """As ``transposed``, for the plain weight that a quantised one stands for."""
+    canonical: bool = False
+    """Stored in moekit's own format, whose names are not the family's."""
     run: int = 0
     """Number of whole expert counts before this module's experts in the list on disk (several modules, one list)."""
 
@@ -45,7 +47,7 @@ class ExpertTensor:
 class RowTensor:
     """A tensor with one row per expert along ``axis`` (router weights, selection biases).
 
-    ``rows`` is the number of experts; rows beyond it (shared or zero experts, a skip class) stay at the tail.
+    ``rows`` is the number of experts the router chooses from; rows beyond it (shared or zero experts, a skip class) stay at the tail.
     ``part``: the index on axis 0 that is this layer's, where one tensor serves several layers.
     """
 
@@ -59,6 +61,7 @@ class RowTensor:
 class MoELayer:
     """One MoE layer on disk. ``name`` is that of its live block, ``layer`` the index of its decoder layer.
 
+    ``num_experts`` is how many are stored: in moekit's format that may differ from what the router chooses from.
     ``groups``: (number of groups, groups chosen) where routing is group-limited. ``extra``: a prediction layer that
     transformers ignores. ``shared``: tensors of the shared experts.
     """
@@ -103,9 +106,18 @@ class Classified:
     extra: frozenset[str]
 
 
-def classify(stored: Mapping[str, Stored], shapes: Mapping[str, tuple[int, ...]], model: Structure) -> Classified:
-    """Sort the stored weights, given the shape of each one's carrier."""
+def classify(
+    stored: Mapping[str, Stored],
+    shapes: Mapping[str, tuple[int, ...]],
+    model: Structure,
+    counts: Mapping[str, int] | None = None,
+) -> Classified:
+    """Sort the stored weights, given the shape of each one's carrier.
+
+    ``counts``: how many experts a layer stores, where that is not what its router chooses from (moekit's format).
+    """
     names = NameMap(model.model)
+    model = _with_counts(model, counts or {})
     targets = {name: names.target(name) for name in sorted(stored, key=_natural)}
     parameters = {name: target.parameter for name, target in targets.items() if target.parameter in names}
     found: dict[str, _Found] = defaultdict(_Found)
@@ -115,6 +127,13 @@ def classify(stored: Mapping[str, Stored], shapes: Mapping[str, tuple[int, ...]]
     unknown = [name for name in targets if name not in parameters]
     extra_layers, extra = _extra(unknown, stored, shapes, targets, parameters, model)
     return Classified((*layers, *extra_layers), parameters, extra)
+
+
+def _with_counts(model: Structure, counts: Mapping[str, int]) -> Structure:
+    layers = {
+        name: replace(shape, num_experts=counts.get(name, shape.num_experts)) for name, shape in model.layers.items()
+    }
+    return replace(model, layers=layers)
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:
@@ -136,7 +155,7 @@ def _place(found: dict[str, _Found], stored: Stored, shape: tuple[int, ...], tar
         for part, parameter in enumerate(target.targets or (target.parameter,)):
             row = model.roles[parameter]
             axis = len(shape) - 1 - row.axis if "Transpose" in target.operations else row.axis
-            count = model.layers[row.layer].num_experts
+            count = shape[axis] - row.tail
             found[row.layer].rows.append(RowTensor(stored.name, axis, count, part if len(target.targets) > 1 else None))
         return
     expert, run = _index(stored.name, role), 0
@@ -174,10 +193,12 @@ def _expert(
     if stored.carrier != "weight" or part.endswith("_bias"):
         transposed = False
     interleaved = part.startswith("gate_up") and (layer.interleaved or "Interleave" in target.operations)
-    if "Canonical" in target.operations:
+    canonical = "Canonical" in target.operations
+    if canonical:
         plain = transposed = interleaved = False
     rows = role.rows if expert is None else 1
-    return ExpertTensor(stored.tensors[stored.carrier], expert, part, stored, rows, transposed, interleaved, plain, run)
+    name = stored.tensors[stored.carrier]
+    return ExpertTensor(name, expert, part, stored, rows, transposed, interleaved, plain, canonical, run)
 
 
 def _expected(role: Role, layer: LayerShape) -> tuple[int, int]:

@@ -22,6 +22,17 @@ def is_hub_id(ref: str) -> bool:
     return _HUB_ID.fullmatch(ref) is not None and ref.count("/") == 1
 
 
+def is_local(ref: str) -> bool:
+    """Whether ``ref`` is on this machine with its weights."""
+    if Path(ref).expanduser().exists():
+        return True
+    try:
+        weight_files(resolve(ref))
+    except CheckpointError:
+        return False
+    return True
+
+
 def resolve(ref: str | os.PathLike[str]) -> Path:
     """The folder that ``ref`` names. Never uses the network.
 
