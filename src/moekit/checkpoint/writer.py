@@ -132,7 +132,7 @@ class Writer:
             os.fsync(file.fileno())
 
     def scratch(self, name: str) -> Path:
-        """Path of a working file that survives a crash and is removed at publication."""
+        """Path of a working file or folder that survives a crash and is removed at publication."""
         return self.partial / f"{_SCRATCH}{name}"
 
     def seal(self, config: Mapping[str, Any] | None = None) -> Path:
@@ -168,7 +168,7 @@ class Writer:
             self.seal()
         with self._storage():
             for path in self.partial.glob(f"{_SCRATCH}*"):
-                path.unlink()
+                _remove(path)
             journal.fsync_folder(self.partial)
             if self.output.exists():
                 if not self._overwrite:
@@ -215,10 +215,8 @@ class Writer:
             self._units[record["unit"]] = record
             kept |= sizes.keys()
         for path in self.partial.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name not in kept and not (self._units and path.name.startswith(_SCRATCH)):
-                path.unlink()
+            if path.name not in kept and not path.name.startswith(_SCRATCH):
+                _remove(path)
 
     @contextmanager
     def _storage(self) -> Iterator[None]:
@@ -236,6 +234,13 @@ def _index(files: list[dict[str, Any]], names: Mapping[str, str]) -> bytes:
     total = sum(tensor[2] for file in files for tensor in file["tensors"].values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     return (json.dumps(index, indent=2) + "\n").encode()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _size(path: Path) -> int | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,34 @@ from moekit.checkpoint.skeleton import model_class
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """Tensor name -> (dtype, shape), as the headers of the files have them."""
 
+LISTS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 _META = torch.device("meta")
 
 
 def dry_load(folder: Path, specs: Specs) -> dict[str, Any]:
     """Which keys loading ``folder`` would miss, not expect, mismatch or fail to convert.
 
-    ``folder`` needs only its config.json; the tensors are those of ``specs``, on the meta device.
+    ``folder`` needs only its config.json; the tensors are those of ``specs``, on the meta device. A layout whose loader
+    does not run on this machine gives ``{"error": ...}``.
     """
-    transformers_logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(folder)
     dtype = config.dtype or torch.float32
-    model, quantizer = _skeleton(config, dtype)
+    try:
+        model, quantizer = _skeleton(config, dtype)
+    except (ImportError, RuntimeError, ValueError) as error:
+        if getattr(config, "quantization_config", None) is None:
+            raise
+        return {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
+    with _quiet():
+        return _load(model, quantizer, specs, dtype)
+
+
+def problems(found: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a load, one line per key."""
+    return [f"{key.replace('_', ' ')[:-1]} {name}" for key in LISTS for name in found.get(key, ())]
+
+
+def _load(model: PreTrainedModel, quantizer: HfQuantizer | None, specs: Specs, dtype: torch.dtype) -> dict[str, Any]:
     tensors = {name: torch.empty(shape, dtype=kind, device=_META) for name, (kind, shape) in specs.items()}
     loading = LoadStateDictConfig(
         weight_mapping=get_model_conversion_mapping(model, hf_quantizer=quantizer),
@@ -47,6 +64,7 @@ def dry_load(folder: Path, specs: Specs) -> dict[str, Any]:
         "how": "dry run: names, shapes and dtypes on the meta device",
         "model": type(model).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "itemsize": dtype.itemsize,
         "missing_keys": sorted(info.missing_keys),
         "unexpected_keys": sorted(info.unexpected_keys),
         "mismatched_keys": sorted(map(str, info.mismatched_keys)) + sorted(info.conversion_errors),
@@ -62,3 +80,17 @@ def _skeleton(config: PretrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedM
                 model=model, dtype=dtype, device_map={"": _META}, checkpoint_files=None, use_kernels=False
             )
     return model, quantizer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no reports for a load that loads nothing."""
+    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -60,12 +60,13 @@ class Unit:
 
 @dataclass(frozen=True)
 class Production:
-    """Everything that applying ``plan`` to ``checkpoint`` writes, in order."""
+    """Everything that applying ``plan`` to ``checkpoint`` writes, in order; ``expert_names``: the routed experts'."""
 
     target: Target
     config: Mapping[str, Any]
     units: tuple[Unit, ...]
     fates: Mapping[str, Fate]
+    expert_names: frozenset[str]
 
     @cached_property
     def tensors(self) -> dict[str, Lazy]:
@@ -90,6 +91,7 @@ class _Builder:
         self.rebuilt: dict[str, int] = {}
         self.fates: dict[str, Fate] = {}
         self.packed: dict[str, dict[str, Any]] = {}
+        self.experts: set[str] = set()
 
     def build(self) -> Production:
         self.units[REST] = {}
@@ -107,7 +109,7 @@ class _Builder:
             if tensors
         )
         config = output_config(self.checkpoint, self.target, self._quantization())
-        return Production(self.target, config, tuple(units), self.fates)
+        return Production(self.target, config, tuple(units), self.fates, frozenset(self.experts))
 
     def _drop_extra(self) -> None:
         for layer, why in self.target.dropped.items():
@@ -135,6 +137,7 @@ class _Builder:
             )
         around = router_pieces(checkpoint, target)
         self.units[unit] |= experts | around
+        self.experts |= experts.keys()
         self._account(target, around)
 
     def _account(self, target: LayerTarget, around: Mapping[str, Lazy]) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 
 import moekit
 from moekit.errors import OutputError
+from moekit.plan.loadable import problems
 
 SCRIPT = Path(__file__).with_name("reload_check.py")
-_LISTS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
 def reload_in_fresh_process(folder: Path, *, with_moekit: bool) -> dict[str, Any]:
@@ -42,9 +42,6 @@ def reload_problem(found: dict[str, Any]) -> str | None:
     """What is wrong with a reload, in words, or None."""
     if "error" in found:
         return f"cannot load it: {found['error']}"
-    for key in _LISTS:
-        if found[key]:
-            return f"loads it with {len(found[key])} {key.replace('_', ' ')}, {found[key][0]} among them"
-    if not found.get("finite", True):
-        return "computes logits that are not finite from it"
-    return None
+    if wrong := problems(found):
+        return f"loads it with {wrong[0]}" + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "")
+    return None if found.get("finite", True) else "computes logits that are not finite from it"

@@ -1,0 +1,110 @@
+"""The model card: README.md with front matter, written from the receipt alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from moekit.plan.receipt import Receipt
+
+_ROWS = (
+    ("bits per byte", "bits_per_byte_source", "bits_per_byte_output", "{:.4f}"),
+    ("nats per token", "nll_source", "nll_output", "{:.4f}"),
+)
+
+
+def model_card(receipt: Receipt, name: str) -> str:
+    """Markdown; says what was done and what it cost, and nothing that the receipt does not say."""
+    parts = [
+        _front_matter(receipt),
+        f"# {name}",
+        _summary(receipt),
+        _layers(receipt),
+        _cost(receipt),
+        _use(receipt, name),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(receipt: Receipt) -> str:
+    tags = ["moekit", "mixture-of-experts", str(receipt.source["model_type"]), str(receipt.job["format"])]
+    lines = [
+        "---",
+        f"base_model: {json.dumps(receipt.source['name'])}",
+        "library_name: transformers",
+        "tags:",
+        *(f"- {tag}" for tag in tags),
+        "---",
+    ]
+    return "\n".join(lines)
+
+
+def _summary(receipt: Receipt) -> str:
+    methods = ", ".join(f"`{method}`" for method in receipt.plan["methods"]) or "a plan made by hand"
+    before, after = receipt.nbytes["before"], receipt.nbytes["after"]
+    return (
+        f"Made from `{receipt.source['name']}` by moekit {receipt.versions.get('moekit', '')} with {methods}: "
+        f"{_gb(before)} became {_gb(after)} ({1 - after / before:.0%} less). "
+        "`plan.json` says what became of every expert, `receipt.json` accounts for every tensor; "
+        "`moekit verify . --against SOURCE` computes all of it again."
+    )
+
+
+def _layers(receipt: Receipt) -> str:
+    lines = [
+        "## Experts",
+        "",
+        "| layer | experts | stored | router rows | what became of them |",
+        "|---|---|---|---|---|",
+    ]
+    for name, layer in receipt.layers.items():
+        became = ", ".join(f"{count} {word}" for word, count in layer["summary"].items())
+        lines.append(
+            f"| {name} | {layer['experts_before']} | {layer['experts_stored']} | {layer['router_rows']} | {became} |"
+        )
+    for name, why in receipt.dropped.items():
+        lines += ["", f"Left out: `{name}` ({why})."]
+    return "\n".join(lines)
+
+
+def _cost(receipt: Receipt) -> str:
+    found = receipt.divergence
+    if found is None:
+        return "## Cost\n\nNot measured: no held-out text was given."
+    lines = [
+        "## Cost",
+        "",
+        f"On {found['tokens']} held-out tokens against the source:",
+        "",
+        "| | source | this model |",
+        "|---|---|---|",
+    ]
+    for label, one, two, form in _ROWS:
+        if found[one] is not None:
+            lines.append(f"| {label} | {form.format(found[one])} | {form.format(found[two])} |")
+    lines += [
+        "",
+        f"KL divergence {found['kl']:.5f} nats per token (95 % interval {found['kl_low']:.5f} to "
+        f"{found['kl_high']:.5f}), top-1 agreement {found['agreement']:.2%}.",
+    ]
+    return "\n".join(lines)
+
+
+def _use(receipt: Receipt, name: str) -> str:
+    first = "import moekit  # registers the packed format\n" if receipt.job["format"] == "moekit" else ""
+    engines = [_engine(label, receipt.loadable[key]) for key, label in (("vllm", "vLLM"), ("gguf", "GGUF converter"))]
+    return (
+        f"## Use\n\n```python\n{first}from transformers import AutoModelForCausalLM\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")\n```\n\n'
+        "Names and shapes held against what other engines look for (none was run):\n\n" + "\n".join(engines)
+    )
+
+
+def _engine(label: str, found: Mapping[str, Any]) -> str:
+    detail = "; ".join([*found["against"], *found["notes"]])
+    return f"- {label}: {'as expected' if found['ok'] else 'not loadable'}" + (f" ({detail})" if detail else "")
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,127 @@
+"""How far an output is from its source, on text that no method saw.
+
+The source's logits are recorded before the first layer is written and outlive a crash, so that a resumed run does not
+read the source again; the two models are never in memory together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from moekit.checkpoint.headers import read_header
+from moekit.checkpoint.reader import Reader
+from moekit.checkpoint.shards import layout, write_shard
+from moekit.errors import OutputError, TextError
+from moekit.measure import Divergence, Windows, compare, windows
+from moekit.measure._text import pad_batches
+from moekit.stream import open_model
+from moekit.stream.memory import Cap
+
+if TYPE_CHECKING:
+    from moekit.checkpoint import Checkpoint
+
+Piece = str | Sequence[int] | np.ndarray
+Text = Mapping[str, Iterable[Piece]] | Iterable[Piece]
+"""Held-out text: documents, or token ids already cut, in one list or by domain."""
+
+MAX_RECORDED_BYTES = 2_000_000_000
+"""The source's logits take at most this much disk; text beyond it is not used, and the receipt says how much was."""
+
+
+def cut(checkpoint: Checkpoint, text: Text) -> Windows:
+    """Batches of the text. Raises TextError where nothing is left to predict."""
+    pieces = [piece for part in (text.values() if isinstance(text, Mapping) else [text]) for piece in part]
+    tokenizer = checkpoint.tokenizer()
+    rows = [[int(i) for i in piece] for piece in pieces if not isinstance(piece, str) and len(piece) > 1]
+    documents = [piece for piece in pieces if isinstance(piece, str)]
+    batches, sizes = pad_batches(rows, tokenizer), [_bytes(row, tokenizer) for row in rows]
+    if documents or not rows:
+        found = windows(documents, tokenizer, what="the held-out text")
+        batches, sizes = [*batches, *found.batches], [*sizes, *found.num_bytes]
+    return _within(batches, sizes, checkpoint.transformers_config.get_text_config().vocab_size)
+
+
+def _bytes(row: Sequence[int], tokenizer: Any) -> float:
+    return float(len(tokenizer.decode(row[1:]).encode("utf-8", "replace")))
+
+
+def _within(batches: Sequence[dict[str, Tensor]], sizes: Sequence[float], vocabulary: int) -> Windows:
+    """As many batches as the recording may hold; the first always."""
+    kept: list[dict[str, Tensor]] = []
+    total = 0
+    for batch in batches:
+        total += batch["input_ids"].numel() * vocabulary * 4
+        if kept and total > MAX_RECORDED_BYTES:
+            break
+        kept.append(batch)
+    count = sum(batch["input_ids"].shape[0] for batch in kept)
+    if sum(sizes[:count]) <= 0:
+        raise TextError("the held-out text stands for no bytes: give text of at least two tokens")
+    return Windows(tuple(kept), tuple(sizes[:count]))
+
+
+def fingerprint(text: Windows) -> str:
+    """Hash of the tokens, to tell one text from another."""
+    digest = hashlib.sha256()
+    for batch in text.batches:
+        digest.update(str(tuple(batch["input_ids"].shape)).encode())
+        digest.update(batch["input_ids"].numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Recording:
+    """A model's logits on one text, kept in files: a runner that replays what another said."""
+
+    model = None
+
+    def __init__(self, folder: Path, text: Windows, source: str) -> None:
+        """``source``: the fingerprint of the model that is recorded."""
+        self.text, self.folder = text, folder
+        stem = f"{source[:16]}-{fingerprint(text)[:16]}"
+        self._files = [folder / f"{stem}-{i:05d}.safetensors" for i in range(len(text.batches))]
+
+    @property
+    def complete(self) -> bool:
+        return all(file.is_file() for file in self._files)
+
+    def record(self, logits: Iterable[Tensor]) -> None:
+        """Write each batch's logits; a file appears only when it is whole."""
+        try:
+            self.folder.mkdir(exist_ok=True)
+            for file, tensor in zip(self._files, logits, strict=True):
+                whole = file.with_suffix(".writing")
+                write_shard(whole, layout({"logits": tensor.float()}))
+                whole.rename(file)
+        except OSError as error:
+            raise OutputError(f"cannot write {self.folder}: {error.strerror or error}") from error
+
+    def forward(self, batches: Sequence[dict[str, Tensor]]) -> Iterator[Tensor]:
+        for file, _ in zip(self._files, batches, strict=True):
+            yield Reader(file.parent, read_header(file)).read("logits")
+
+
+def record_source(
+    checkpoint: Checkpoint,
+    recording: Recording,
+    *,
+    device: str = "auto",
+    max_ram: Cap | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Run the source over the text, unless an earlier run of this job did."""
+    if not recording.complete:
+        runner = open_model(checkpoint, device=device, max_ram=max_ram)
+        recording.record(runner.forward(recording.text.batches, on_layer=progress))
+
+
+def divergence(
+    output: Checkpoint, recording: Recording, *, device: str = "auto", max_ram: Cap | None = None
+) -> Divergence:
+    """The output against the recorded source: KL, top-1 agreement, bits per byte of both."""
+    return compare(recording, open_model(output, device=device, max_ram=max_ram), recording.text)
