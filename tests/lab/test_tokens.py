@@ -25,7 +25,9 @@ def test_any_text_round_trips_as_its_bytes(tokenizer: PreTrainedTokenizerFast, t
     assert tokenizer.decode(ids) == text
 
 
-@pytest.mark.parametrize("text", ["", " ", "  a b ", "\r\n\t\x00", "don't , stop .", "naive \u00ef \U0001f600", "\u0120x"])
+@pytest.mark.parametrize(
+    "text", ["", " ", "  a b ", "\r\n\t\x00", "don't , stop .", "naive \u00ef \U0001f600", "\u0120x"]
+)
 def test_awkward_texts(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     assert tokenizer(text)["input_ids"] == list(text.encode())
     assert tokenizer.decode(list(text.encode()), skip_special_tokens=True) == text

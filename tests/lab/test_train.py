@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moekit import lab
 from moekit.lab import train_mini
 from moekit.lab._batches import Batches, task_row
-from moekit.lab._evaluate import bits_per_byte, exact_match, mutual_information
+from moekit.lab._evaluate import evaluate, expert_counts, mutual_information
 from moekit.lab._loss import load_and_balance, training_loss
 from moekit.lab._publish import publish
-from moekit.lab._recipe import Recipe
+from moekit.lab._recipe import Phase, Recipe
+from moekit.lab._replicas import Replicas
 
 TINY = Recipe(
     hidden_size=16,
@@ -31,7 +32,10 @@ TINY = Recipe(
     long_context=64,
     long_share=0.5,
     warmup=2,
-    mixture={"licences": 0.5, "arithmetic": 0.3, "facts": 0.2},
+    phases=(
+        Phase(start=0, balance=0.01, mixture={"licences": 0.5, "arithmetic": 0.3, "facts": 0.2}),
+        Phase(start=2, balance=0.0, mixture={"arithmetic": 1.0}),
+    ),
 )
 
 
@@ -68,7 +72,21 @@ def test_loss_counts_only_weighted_bytes() -> None:
     _, figures = training_loss(model, ids, weight, 0.0)
     logits = model(input_ids=ids[:, :-1]).logits
     expected = torch.nn.functional.cross_entropy(logits[0, 3], ids[0, 4])
-    assert figures["loss"] == pytest.approx(expected.item(), rel=1e-4)
+    assert figures["loss"] == pytest.approx(2 * expected.item(), rel=1e-4)
+
+
+def test_two_halves_give_the_gradient_of_the_whole() -> None:
+    model = train_mini.build(TINY)
+    ids, weight = Batches(TINY).batch(0)
+    loss, whole = training_loss(model, ids, weight / weight.sum(), 0.0)
+    loss.backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    halves = Replicas(model).backward(ids, weight, 0.0)
+    assert halves["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    assert halves["balance"] == pytest.approx(whole["balance"], rel=0.2)
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_batches_replay_and_hold_the_tokens_they_should() -> None:
@@ -97,24 +115,21 @@ def test_schedule_warms_up_holds_and_decays() -> None:
     assert 0 < recipe.rate(999) < recipe.learning_rate / 100
 
 
-def test_a_resumed_training_ends_where_an_undisturbed_one_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_training_ends_where_an_undisturbed_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_mini, "SAVE_EVERY", 2)
     monkeypatch.setattr(train_mini, "LOG_EVERY", 1)
     whole = train_mini.train(TINY, tmp_path / "whole")
-    calls = 0
+    rate = Recipe.rate
 
-    def dies(*args: object) -> object:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
+    def dies(recipe: Recipe, step: int) -> float:
+        if step == 3:
             raise KeyboardInterrupt
-        return training_loss(*args)  # type: ignore[arg-type]
+        return rate(recipe, step)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_mini, "training_loss", dies)
-        train_mini.train(TINY, tmp_path / "cut")
+    with monkeypatch.context() as patch:
+        patch.setattr(Recipe, "rate", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train_mini.train(TINY, tmp_path / "cut")
     resumed = train_mini.train(TINY, tmp_path / "cut")
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b), name
@@ -140,41 +155,23 @@ def test_publication_loads_in_stock_classes(kind: str, tmp_path: Path) -> None:
     assert f"| sorting | {figures['bits_per_byte']['sorting']:.3f} |" in card
 
 
-class _Oracle:
-    """Stands in for a model: all probability on the byte that follows in a known text."""
-
-    class config:  # noqa: N801
-        pass
-
-    def __init__(self, follow: dict[int, int]) -> None:
-        self.follow = follow
-
-    def __call__(self, input_ids: torch.Tensor, use_cache: bool) -> object:
-        logits = torch.full((*input_ids.shape, 264), -30.0)
-        for i, row in enumerate(input_ids.tolist()):
-            for j, byte in enumerate(row):
-                logits[i, j, self.follow.get(byte, 0)] = 30.0
-
-        class Output:
-            pass
-
-        Output.logits = logits
-        return Output
-
-
-def test_exact_match_needs_every_byte_and_the_newline() -> None:
-    follow = {ord("="): ord("a"), ord("a"): ord("b"), ord("b"): ord("\n")}
-    oracle = _Oracle(follow)
-    assert exact_match(oracle, [("x=", "ab"), ("longer=", "ab")]) == 1.0  # type: ignore[arg-type]
-    assert exact_match(oracle, [("x=", "ab"), ("x=", "abb"), ("x=", "a"), ("x=", "b")]) == 0.25  # type: ignore[arg-type]
-
-
-def test_bits_per_byte_of_a_sure_and_of_an_even_guess() -> None:
-    sure = _Oracle({97: 98, 98: 97})
-    assert bits_per_byte(sure, b"ab" * 8, 8) == pytest.approx(0.0, abs=1e-6)  # type: ignore[arg-type]
+def test_figures_of_an_untrained_model_are_those_of_guessing() -> None:
     model = train_mini.build(TINY)
     torch.nn.init.zeros_(model.lm_head.weight)
-    assert bits_per_byte(model, b"ab" * 64, 16) == pytest.approx(np.log2(264), rel=1e-5)
+    figures = evaluate(model, context=32, max_bytes=128, examples=3)
+    assert model.training
+    assert set(figures["bits_per_byte"]) == set(lab.DOMAINS)
+    assert set(figures["bits_per_byte"].values()) == {round(float(np.log2(264)), 3)}
+    assert set(figures["exact_match"].values()) == {0.0}
+    experts = figures["experts"]
+    assert all(0 <= bits <= np.log2(4) for bits in experts["mutual_information_bits"])
+    assert all(low <= 1 <= high for low, high in zip(experts["min_load"], experts["max_load"], strict=True))
+
+
+def test_expert_counts_count_every_slot() -> None:
+    counts = expert_counts(train_mini.build(TINY), b"abcd" * 40, 32)
+    assert counts.shape == (TINY.num_layers, TINY.num_experts)
+    assert (counts.sum(1) == 160 * TINY.top_k).all()
 
 
 def test_mutual_information_from_none_to_all() -> None:
@@ -184,5 +181,12 @@ def test_mutual_information_from_none_to_all() -> None:
 
 
 def test_the_mixture_names_every_domain_once() -> None:
-    assert set(Recipe().mixture) == set(lab.DOMAINS)
-    assert sum(Recipe().mixture.values()) == pytest.approx(1.0)
+    for phase in Recipe().phases:
+        assert set(phase.mixture) == set(lab.DOMAINS)
+        assert sum(phase.mixture.values()) == pytest.approx(1.0)
+
+
+def test_phases_follow_each_other() -> None:
+    assert [TINY.phase_at(step).start for step in range(4)] == [0, 0, 2, 2]
+    ids, _ = Batches(TINY).batch(3)
+    assert all(b"add: " in bytes(row.tolist()) or b"sub: " in bytes(row.tolist()) for row in ids)

@@ -39,15 +39,20 @@ class Batches:
 
     @cached_property
     def _tokens(self) -> dict[str, np.ndarray]:
-        return {domain: text_tokens(domain, "train") for domain in TEXTS if domain in self.recipe.mixture}
+        return {
+            domain: text_tokens(domain, "train")
+            for domain in TEXTS
+            if any(domain in phase.mixture for phase in self.recipe.phases)
+        }
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return token ids [B, S + 1] and loss weights [B, S] (of predicting ids 1..S) of one step."""
         recipe, length = self.recipe, self.recipe.context_at(step) + 1
         rng = np.random.default_rng((recipe.seed, step))
         rows = recipe.tokens_per_step // (length - 1)
-        shares = np.array(list(recipe.mixture.values()))
-        names = rng.choice(list(recipe.mixture), size=rows, p=shares / shares.sum())
+        mixture = recipe.phase_at(step).mixture
+        shares = np.array(list(mixture.values()))
+        names = rng.choice(list(mixture), size=rows, p=shares / shares.sum())
         ids = np.empty((rows, length), dtype=np.int64)
         weight = np.ones((rows, length), dtype=np.float32)
         for i, name in enumerate(names.tolist()):

@@ -1,49 +1,31 @@
 """Figures of an embedded model on test splits: bits per byte, exact match, and how experts divide the domains."""
 
-import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from moekit import lab
-from moekit.lab._tokens import PAD_ID
+from moekit.lab._tokens import byte_tokenizer
+from moekit.measure import bits_per_byte, exact_match
 
 Figures = dict[str, Any]
 
 
-@torch.no_grad()
-def bits_per_byte(model: PreTrainedModel, data: bytes, context: int) -> float:
-    """Return bits per predicted byte over windows of `context` bytes that do not overlap (the first byte is given)."""
-    count = len(data) // context
-    ids = torch.tensor(np.frombuffer(data[: count * context], dtype=np.uint8).astype(np.int64)).view(count, context)
-    total = 0.0
-    for rows in ids.split(16):
-        logits = model(input_ids=rows, use_cache=False).logits[:, :-1].float()
-        total += F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].reshape(-1), reduction="sum").item()
-    return total / (count * (context - 1)) / math.log(2)
+@dataclass(frozen=True)
+class Live:
+    """A model in memory as `measure` wants it."""
 
+    model: PreTrainedModel
 
-@torch.no_grad()
-def exact_match(model: PreTrainedModel, examples: list[lab.Example]) -> float:
-    """Return the share of prompts that greedy decoding answers exactly, newline included.
-
-    Greedy decoding gives the answer if and only if each of its bytes is the most likely one after the true bytes
-    before it, so one forward pass with the answer in place decides it.
-    """
-    right = 0
-    for start in range(0, len(examples), 64):
-        group = [(prompt.encode(), f"{answer}\n".encode()) for prompt, answer in examples[start : start + 64]]
-        width = max(len(prompt) + len(answer) for prompt, answer in group)
-        ids = torch.full((len(group), width), PAD_ID)
-        for i, (prompt, answer) in enumerate(group):
-            ids[i, : len(prompt) + len(answer)] = torch.tensor(list(prompt + answer))
-        best = model(input_ids=ids, use_cache=False).logits.argmax(-1)
-        for i, (prompt, answer) in enumerate(group):
-            right += best[i, len(prompt) - 1 : len(prompt) + len(answer) - 1].tolist() == list(answer)
-    return right / len(examples)
+    def forward(self, batches: Sequence[dict[str, Tensor]]) -> Iterator[Tensor]:
+        """Logits [B, S, V] of each batch."""
+        for batch in batches:
+            yield self.model(**batch, use_cache=False).logits
 
 
 @torch.no_grad()
@@ -82,12 +64,15 @@ def evaluate(model: PreTrainedModel, *, context: int, max_bytes: int = 16_384, e
     """Return every figure of a model, on the test splits."""
     was_training = model.training
     model.eval()
+    runner, tokenizer = Live(model), byte_tokenizer(context)
+    texts = {domain: [lab.text(domain, "test", max_bytes)] for domain in lab.DOMAINS}
+    bits = bits_per_byte(runner, texts, tokenizer, length=context, batch_size=16)
+    exact = {
+        name: exact_match(runner, tokenizer, lab.examples(name, "test", examples), batch_size=32) for name in lab.TASKS
+    }
     figures: Figures = {
-        "bits_per_byte": {
-            domain: round(bits_per_byte(model, lab.text(domain, "test", max_bytes).encode(), context), 3)
-            for domain in lab.DOMAINS
-        },
-        "exact_match": {name: round(exact_match(model, lab.examples(name, "test", examples)), 3) for name in lab.TASKS},
+        "bits_per_byte": {domain: round(interval.mean, 3) for domain, interval in bits.items()},
+        "exact_match": {name: round(interval.mean, 3) for name, interval in exact.items()},
     }
     if hasattr(model.config, "num_experts"):
         figures["experts"] = specialisation(model, context, max_bytes // 2)

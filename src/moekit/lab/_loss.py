@@ -43,12 +43,12 @@ def load_and_balance(logits_TE: torch.Tensor, top_k: int) -> tuple[torch.Tensor,
 def training_loss(
     model: PreTrainedModel, ids: torch.Tensor, weight: torch.Tensor, balance: float
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Return the loss (weighted mean cross-entropy in nats, plus `balance` per layer) and what the log says of it."""
+    """Return the loss (cross-entropy in nats under `weight`, plus `balance` per layer) and its parts."""
     routed = hasattr(model.config, "num_experts")
     extra = {"output_router_logits": True} if routed else {}
     output = model(input_ids=ids[:, :-1], use_cache=False, **extra)
     losses = F.cross_entropy(output.logits.flatten(0, 1), ids[:, 1:].reshape(-1), reduction="none")
-    loss = (losses * weight.reshape(-1)).sum() / weight.sum()
+    loss = (losses * weight.reshape(-1)).sum()
     figures = {"loss": loss.item()}
     if not routed:
         return loss, figures

@@ -1,29 +1,63 @@
 """What is trained and how: one frozen record for each of the two embedded models."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
 from moekit.lab._tokens import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE
 
-MIXTURE = {
-    "python": 0.20,
-    "prose": 0.13,
-    "c": 0.13,
-    "licences": 0.04,
-    "arithmetic": 0.10,
-    "sorting": 0.08,
-    "reversing": 0.08,
-    "brackets": 0.07,
-    "translation": 0.09,
-    "facts": 0.06,
-    "abstain": 0.02,
-}
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """From `start` on: the share of each domain, and the weight of the balance term in each layer."""
+
+    start: int
+    balance: float
+    mixture: dict[str, float]
+
+
+# First even routing and the easy tasks; then room for experts to specialise, and more of what is learnt slowly.
+PHASES = (
+    Phase(
+        start=0,
+        balance=0.005,
+        mixture={
+            "python": 0.20,
+            "prose": 0.13,
+            "c": 0.13,
+            "licences": 0.04,
+            "arithmetic": 0.10,
+            "sorting": 0.08,
+            "reversing": 0.08,
+            "brackets": 0.07,
+            "translation": 0.09,
+            "facts": 0.06,
+            "abstain": 0.02,
+        },
+    ),
+    Phase(
+        start=1200,
+        balance=0.001,
+        mixture={
+            "python": 0.18,
+            "prose": 0.11,
+            "c": 0.11,
+            "licences": 0.03,
+            "arithmetic": 0.16,
+            "sorting": 0.06,
+            "reversing": 0.05,
+            "brackets": 0.05,
+            "translation": 0.12,
+            "facts": 0.11,
+            "abstain": 0.02,
+        },
+    ),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Sizes, mixture and schedule. A batch always holds `tokens_per_step` tokens, whatever the context."""
+    """Sizes, curriculum and schedule. A batch always holds `tokens_per_step` tokens, whatever the context."""
 
     kind: str = "moe"
     hidden_size: int = 192
@@ -34,7 +68,7 @@ class Recipe:
     top_k: int = 4
     intermediate_size: int = 64
 
-    steps: int = 4000
+    steps: int = 3200
     tokens_per_step: int = 4096
     context: int = 256
     long_context: int = 512
@@ -43,15 +77,18 @@ class Recipe:
     warmup: int = 100
     decay_share: float = 0.25
     weight_decay: float = 0.1
-    balance: float = 0.005
     prompt_weight: float = 0.2
     seed: int = 0
-    mixture: dict[str, float] = field(default_factory=lambda: dict(MIXTURE))
+    phases: tuple[Phase, ...] = PHASES
 
     def rate(self, step: int) -> float:
         """Learning rate: linear warm-up, constant, then linear to zero over the last `decay_share` of the steps."""
         left = (self.steps - step) / (self.decay_share * self.steps)
         return self.learning_rate * min(1.0, (step + 1) / self.warmup, left)
+
+    def phase_at(self, step: int) -> Phase:
+        """Return the last phase begun by a step."""
+        return [phase for phase in self.phases if phase.start <= step][-1]
 
     def context_at(self, step: int) -> int:
         """Context length: short at first, the full length for the last `long_share` of the steps."""
@@ -83,5 +120,5 @@ class Recipe:
             num_experts_per_tok=self.top_k,
             moe_intermediate_size=self.intermediate_size,
             norm_topk_prob=True,
-            router_aux_loss_coef=self.balance,
+            router_aux_loss_coef=self.phases[-1].balance,
         )

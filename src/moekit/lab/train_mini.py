@@ -17,9 +17,10 @@ from transformers.integrations.moe import ExpertsInterface
 
 from moekit.lab._batches import Batches
 from moekit.lab._evaluate import evaluate
-from moekit.lab._loss import SORTED_EXPERTS, sorted_experts, training_loss
+from moekit.lab._loss import SORTED_EXPERTS, sorted_experts
 from moekit.lab._publish import publish
 from moekit.lab._recipe import Recipe
+from moekit.lab._replicas import Replicas
 
 LOG = "training_log.jsonl"
 LOG_EVERY, SAVE_EVERY, EVALUATE_EVERY = 20, 200, 500
@@ -77,15 +78,14 @@ def train(recipe: Recipe, folder: Path) -> PreTrainedModel:
     model = build(recipe)
     optimizer = optimizer_of(model, recipe)
     done = resume(folder, model, optimizer)
-    batches = Batches(recipe)
+    batches, replicas = Batches(recipe), Replicas(model)
     log = (folder / LOG).open("a", buffering=1)
     log.write(json.dumps({"start": done, "recipe": asdict(recipe)}) + "\n")
     began = time.perf_counter()
     for step in range(done, recipe.steps):
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step)
-        loss, figures = training_loss(model, *batches.batch(step), recipe.balance)
-        loss.backward()
+        figures = replicas.backward(*batches.batch(step), recipe.phase_at(step).balance)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
