@@ -48,13 +48,19 @@ def mutual_information(counts_DE: np.ndarray) -> float:
 
 
 def specialisation(model: PreTrainedModel, context: int, max_bytes: int) -> Figures:
-    """Return, per layer, the mutual information of expert and domain and the extremes of the load (1 = even)."""
+    """Return, per layer, how experts divide the domains, and the extremes of the load (1 = even).
+
+    `mutual_information_bits` is I(domain; expert). `preference` is, in the mean over experts, how many times more often
+    an expert is chosen in the domain that likes it most than over all domains; 1 = no specialisation.
+    """
     texts = [lab.text(domain, "test", max_bytes).encode() for domain in lab.DOMAINS]
     counts = np.stack([expert_counts(model, data, context) for data in texts])
     share = counts / counts.sum(-1, keepdims=True)
     load = share.mean(0) * counts.shape[-1]
+    preference = (share.max(0) / np.maximum(share.mean(0), 1e-9)).mean(-1)
     return {
         "mutual_information_bits": [round(mutual_information(counts[:, layer]), 3) for layer in range(counts.shape[1])],
+        "preference": [round(float(x), 2) for x in preference],
         "max_load": [round(float(x), 2) for x in load.max(1)],
         "min_load": [round(float(x), 3) for x in load.min(1)],
     }

@@ -45,9 +45,11 @@ _EXPERTS = """
 
 Per layer, over all domains with equal weight (load 1 is an even share):
 
-| layer | I(domain; expert), bits | largest load | smallest load |
-| --- | --- | --- | --- |
+| layer | I(domain; expert), bits | preference | largest load | smallest load |
+| --- | --- | --- | --- | --- |
 {rows}
+
+Preference: how many times more often an expert is chosen in its favourite domain than over all, mean over experts.
 
 The largest possible mutual information is {limit:.2f} bits (the logarithm of the number of domains, {domains}).
 """
@@ -66,8 +68,11 @@ def _expert_section(figures: Figures) -> str:
     if "experts" not in figures:
         return ""
     experts = figures["experts"]
-    columns = zip(experts["mutual_information_bits"], experts["max_load"], experts["min_load"], strict=True)
-    rows = "\n".join(f"| {i} | {mi:.3f} | {high:.2f} | {low:.3f} |" for i, (mi, high, low) in enumerate(columns))
+    keys = ("mutual_information_bits", "preference", "max_load", "min_load")
+    columns = zip(*(experts[key] for key in keys), strict=True)
+    rows = "\n".join(
+        f"| {i} | {mi:.3f} | {liked:.2f} | {high:.2f} | {low:.3f} |" for i, (mi, liked, high, low) in enumerate(columns)
+    )
     domains = len(lab.DOMAINS)
     return _EXPERTS.format(rows=rows, limit=torch.tensor(float(domains)).log2().item(), domains=domains)
 

@@ -75,7 +75,7 @@ class Recipe:
     long_share: float = 0.15
     learning_rate: float = 2.5e-3
     warmup: int = 100
-    decay_share: float = 0.25
+    decay_share: float = 0.5
     weight_decay: float = 0.1
     prompt_weight: float = 0.2
     seed: int = 0
@@ -122,3 +122,6 @@ class Recipe:
             norm_topk_prob=True,
             router_aux_loss_coef=self.phases[-1].balance,
         )
+
+
+RECIPES = {"moe": Recipe(), "dense": Recipe(kind="dense", steps=1600)}

@@ -7,7 +7,7 @@ bits of floating-point sums, which depend on the machine and its number of threa
 import argparse
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from moekit.lab._batches import Batches
 from moekit.lab._evaluate import evaluate
 from moekit.lab._loss import SORTED_EXPERTS, sorted_experts
 from moekit.lab._publish import publish
-from moekit.lab._recipe import Recipe
+from moekit.lab._recipe import RECIPES, Recipe
 from moekit.lab._replicas import Replicas
 
 LOG = "training_log.jsonl"
@@ -104,11 +104,12 @@ def main() -> None:
     """Train as asked on the command line and write the model folder to DIR/model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints, log and the model")
-    parser.add_argument("--kind", choices=("moe", "dense"), default="moe")
+    parser.add_argument("--kind", choices=tuple(RECIPES), default="moe")
     parser.add_argument("--steps", type=int, default=None, help="override the recipe's number of steps")
     options = parser.parse_args()
-    steps = {} if options.steps is None else {"steps": options.steps}
-    recipe = Recipe(kind=options.kind, **steps)
+    recipe = RECIPES[options.kind]
+    if options.steps is not None:
+        recipe = replace(recipe, steps=options.steps)
     model = train(recipe, options.output)
     publish(model, recipe, options.output / "model", log=options.output / LOG)
 
