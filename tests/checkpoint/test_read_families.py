@@ -127,8 +127,8 @@ def test_unsupported_families_say_so(family, tmp_path):
     except RuntimeError:
         pytest.skip("cannot be built tiny")
     model.save_pretrained(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
     with pytest.raises(UnsupportedModelError, match=family):
-        checkpoint = Checkpoint.open(tmp_path)
         checkpoint.bank(checkpoint.moe_layers[0].name)
 
 

@@ -25,6 +25,8 @@ from moekit.checkpoint.summary import Summary, summarise
 from moekit.errors import CheckpointError
 from moekit.formats import DenseBank
 
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "sentencepiece*", "tekken*")
+
 
 class Checkpoint:
     """One model on disk. Opening reads config and headers only; every later read fetches just the bytes it names.
@@ -185,8 +187,13 @@ class Checkpoint:
         return banks.Scheme(quantisation, dtype if isinstance(dtype, torch.dtype) else torch.bfloat16)
 
     def skeleton(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """A fresh model of the right class on the meta device."""
-        return skeleton.build(self.transformers_config, dtype)
+        """A fresh model of the right class on the meta device; packed layers have packed experts and their masks."""
+        from moekit.checkpoint import quantizer
+
+        model = skeleton.build(self.transformers_config, dtype)
+        if self.scheme.config.get("quant_method") == quantizer.METHOD:
+            quantizer.pack_layers(model, self.scheme.config["layers"])
+        return model
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer beside the weights.
@@ -194,6 +201,9 @@ class Checkpoint:
         Raises:
             CheckpointError: there is none that can be loaded.
         """
+        if not any(True for pattern in _TOKENIZER_FILES for _ in self.path.glob(pattern)):
+            # transformers would return an empty tokenizer of the family's class instead
+            raise CheckpointError(f"{self.path} has no tokenizer: no file beside the weights describes one")
         try:
             return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
         except Exception as error:

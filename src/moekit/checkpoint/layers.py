@@ -47,7 +47,8 @@ class ExpertTensor:
 class RowTensor:
     """A tensor with one row per expert along ``axis`` (router weights, selection biases).
 
-    ``rows`` is the number of experts the router chooses from; rows beyond it (shared or zero experts, a skip class) stay at the tail.
+    ``rows`` is the number of experts the router chooses from; rows beyond it (shared or zero experts, a skip class)
+    stay at the tail.
     ``part``: the index on axis 0 that is this layer's, where one tensor serves several layers.
     """
 

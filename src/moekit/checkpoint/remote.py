@@ -58,7 +58,10 @@ def fetch_headers(
         files, index = (SINGLE,), {}
     else:
         files, index = index_files(_json(index_text, hub_id, INDEX), Path(hub_id) / INDEX)
-    return config, {file: _header(f"{base}/{quote(file)}", hub_id, file) for file in files}, index
+    try:
+        return config, {file: _header(f"{base}/{quote(file)}", hub_id, file) for file in files}, index
+    except _AbsentError:
+        raise CheckpointError(f"{hub_id} on {_endpoint()} has no safetensors weights, or not all of them") from None
 
 
 def _endpoint() -> str:
@@ -89,13 +92,13 @@ def _get(url: str, hub_id: str, *, absent_is_fine: bool = False) -> bytes | None
     try:
         with _open(_request(url, {}), hub_id) as response:
             return response.read()
-    except _Absent:
+    except _AbsentError:
         if absent_is_fine:
             return None
         raise CheckpointError(f"{hub_id} is no model on {_endpoint()}, or needs a token (HF_TOKEN)") from None
 
 
-class _Absent(CheckpointError):
+class _AbsentError(CheckpointError):
     pass
 
 
@@ -121,7 +124,7 @@ def _open(request: urllib.request.Request, hub_id: str) -> Any:
         return urllib.request.build_opener(_SameHostOnly).open(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code in (401, 403, 404):
-            raise _Absent(f"{hub_id}: {request.full_url} answered {error.code}") from None
+            raise _AbsentError(f"{hub_id}: {request.full_url} answered {error.code}") from None
         raise CheckpointError(f"{hub_id}: {_endpoint()} answered {error.code} {error.reason}") from None
     except (urllib.error.URLError, OSError) as error:
         reason = getattr(error, "reason", error)

@@ -161,7 +161,7 @@ def kv_cache(config: Any) -> tuple[int, int, int | None]:
     text = config.get_text_config(decoder=True)
     field = text.to_dict()
     layers = int(field.get("num_hidden_layers") or field.get("num_layers") or 0)
-    kinds = [str(k) for k in field.get("layer_types") or field.get("layers_block_type") or ["full"] * layers]
+    kinds = [str(kind) for kind in _layer_types(text) or ["full"] * layers]
     width = text.dtype.itemsize if isinstance(text.dtype, torch.dtype) else 2
     heads = int(field.get("num_attention_heads") or 1)
     if field.get("kv_lora_rank"):
@@ -175,3 +175,8 @@ def kv_cache(config: Any) -> tuple[int, int, int | None]:
     if windowed and not window:
         windowed = 0
     return (len(kinds) - windowed - constant) * per_layer, windowed * per_layer, window if windowed else None
+
+
+def _layer_types(text: Any) -> Any:
+    """What each layer is, where the config says; hybrid families compute it from a period."""
+    return next((value for name in ("layer_types", "layers_block_type") if (value := getattr(text, name, None))), None)
