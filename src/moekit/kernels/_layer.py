@@ -50,8 +50,9 @@ class Layer:
             up, down = up.transpose(1, 2), down.transpose(1, 2)
         up_bias = getattr(module, f"{up_name}_bias") if module.has_bias else None
         down_bias = module.down_proj_bias if module.has_bias else None
-        finish = module.post_expert_norm if module.has_post_expert_norm else None
-        return cls(up, down, up_bias, down_bias, activation_of(module), finish, _trainable_between(module))
+        finish = in_its_dtype(module.post_expert_norm) if module.has_post_expert_norm else None
+        activation = activation_of(module)
+        return cls(up, down, up_bias, down_bias, activation, finish, _trainable_between(module))
 
 
 def is_decorated(module: nn.Module) -> bool:
@@ -70,13 +71,25 @@ def check_decorated(module: nn.Module) -> None:
 
 def activation_of(module: Any) -> Activation:
     """What a module does between its two products, in its own row order; :data:`SILU_MUL` where it is just that."""
-    if not module.has_gate:
-        return Activation(type(module.act_fn).__name__, module.act_fn, gated=False)
-    default = type(module)._apply_gate.__name__ == "_default_apply_gate"
     act = getattr(module, "act_fn", None)
+    if not module.has_gate:
+        return Activation(type(act).__name__, in_its_dtype(act), gated=False)
+    default = type(module)._apply_gate.__name__ == "_default_apply_gate"
     if default and module.is_concatenated and (type(act) is nn.SiLU or act is F.silu):
         return SILU_MUL
-    return Activation(f"{type(module).__name__}._apply_gate", module._apply_gate)
+    return Activation(f"{type(module).__name__}._apply_gate", in_its_dtype(act, module._apply_gate))
+
+
+def in_its_dtype(owner: Any, function: Callable[[Tensor], Tensor] | None = None) -> Callable[[Tensor], Tensor]:
+    """``function`` (or ``owner`` itself) called in the dtype of the owner's parameters, if it has any.
+
+    Kernels may work in float32 between half-precision weights, which a norm with weights of its own cannot mix.
+    """
+    function = function or owner
+    parameter = next(owner.parameters(), None) if isinstance(owner, nn.Module) else None
+    if parameter is None:
+        return function
+    return lambda tensor: function(tensor.to(parameter.dtype)).to(tensor.dtype)
 
 
 def _trainable_between(module: Any) -> bool:

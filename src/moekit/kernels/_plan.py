@@ -22,7 +22,6 @@ class Plan:
     pair: Tensor
     token: Tensor
     segments: list[tuple[int, int, int]]
-    complete: bool
 
     @classmethod
     def of(cls, index_TK: Tensor, num_experts: int) -> Plan:
@@ -40,7 +39,7 @@ class Plan:
                 segments.append((expert, start, start + count))
                 start += count
         pair = pair[:start]
-        return cls(pair, pair // slots, segments, start == flat.numel())
+        return cls(pair, pair // slots, segments)
 
     @classmethod
     def _single(cls, experts: list[int], num_experts: int) -> Plan:
@@ -53,7 +52,7 @@ class Plan:
             else:
                 segments.append((expert, row, row + 1))
         pair = torch.tensor([k for _, k in used], dtype=torch.long)
-        return cls(pair, torch.zeros_like(pair), segments, len(used) == len(experts))
+        return cls(pair, torch.zeros_like(pair), segments)
 
     def weights(self, weight_TK: Tensor, dtype: torch.dtype) -> Tensor:
         """Combine weights [S, 1] in the order of the plan."""
@@ -67,7 +66,7 @@ class Plan:
         row = torch.zeros(tokens * slots, dtype=torch.long, device=rows_SH.device)
         row[self.pair] = torch.arange(self.pair.numel(), device=row.device)
         weight = weight_TK.to(rows_SH.dtype)
-        if not self.complete:
+        if self.pair.numel() < row.numel():
             used = torch.zeros_like(row, dtype=torch.bool).index_fill_(0, self.pair, True)
             weight = weight.reshape(-1).masked_fill(~used, 0).view(tokens, slots)
         # one fused gather-multiply-sum; the same written with indexing makes a [T, K, H] copy and is 10-20x slower
@@ -76,4 +75,4 @@ class Plan:
     def scatter(self, rows_SH: Tensor, tokens: int, slots: int) -> Tensor:
         """[T, K, H]: each pair's row at its place, zero where a slot holds no expert."""
         out = rows_SH.new_zeros(tokens * slots, rows_SH.shape[1])
-        return out.index_copy(0, self.pair, rows_SH).view(tokens, slots, -1)
+        return out.index_copy(0, self.pair, rows_SH).view(tokens, slots, rows_SH.shape[1])

@@ -13,7 +13,7 @@ from ..bank import Activation
 from ..errors import OptionError
 from ..formats import PackedBank
 from ._drive import forward
-from ._layer import activation_of, check_decorated
+from ._layer import activation_of, check_decorated, in_its_dtype
 from .integers import IntegerProducts
 
 
@@ -88,7 +88,8 @@ class PackedExperts(nn.Module):
         if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
             raise OptionError("packed experts have no backward: call the model under torch.no_grad()")
         if self._products is None:
-            self._products = IntegerProducts(self.bank, self.post_expert_norm if self.has_post_expert_norm else None)
+            finish = in_its_dtype(self.post_expert_norm) if self.has_post_expert_norm else None
+            self._products = IntegerProducts(self.bank, finish)
         return forward(self._products, hidden_states, self._stored(top_k_index), top_k_weights)
 
     def _stored(self, index_TK: Tensor) -> Tensor:

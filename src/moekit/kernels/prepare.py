@@ -50,9 +50,7 @@ class Prepared:
 
     def __call__(self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         if x_TH.device.type != "cpu":
-            raise OptionError(
-                f"these experts were prepared for the CPU, the input is on {x_TH.device}: restore() first"
-            )
+            raise OptionError(f"experts prepared for the CPU got an input on {x_TH.device}: call moekit.restore first")
         if torch.is_grad_enabled() and (x_TH.requires_grad or weight_TK.requires_grad):
             raise OptionError(
                 "prepared experts have no backward: call the model under torch.no_grad(), or moekit.restore(model)"

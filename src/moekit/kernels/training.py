@@ -77,15 +77,16 @@ class _Experts(torch.autograd.Function):
             if down_bias is not None:
                 rows.addcmul_(weight[start:stop], down_bias[e].to(wide))
             out.index_add_(0, token, rows)
-        ctx.save_for_backward(x_TH, weight_TK, z_SG, gate_up, down, gate_up_bias, down_bias)
-        ctx.plan, ctx.activation = plan, activation
+        ctx.save_for_backward(x_TH, weight_TK, z_SG, gate_up, down, gate_up_bias, down_bias, plan.pair)
+        ctx.segments, ctx.activation = plan.segments, activation
         return out.to(x_TH.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_TH, weight_TK, z_SG, gate_up, down, gate_up_bias, down_bias = ctx.saved_tensors
-        plan, wide = ctx.plan, _compute_dtype(down)
+        x_TH, weight_TK, z_SG, gate_up, down, gate_up_bias, down_bias, pair = ctx.saved_tensors
+        plan = Plan(pair, pair // weight_TK.shape[1], ctx.segments)
+        wide = _compute_dtype(down)
         x, dout = x_TH.to(wide), grads[0].to(wide)
         weight = plan.weights(weight_TK, wide)
         dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
