@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.integrations import moe as _stock
 
 from ..bank import SILU_MUL, Activation, ExpertBank
-from ..errors import PlanError
+from ..errors import PlanError, UnsupportedModelError
 from ..formats import DenseBank
 
 
@@ -26,6 +26,8 @@ class Layout:
 
     gated = True
     interleaved = False
+    attention = False
+    """True for experts on attention, between whose two matrices attention runs."""
     weights_on_input = False
     """True where the combine weight multiplies what an expert reads, not what it returns."""
 
@@ -186,6 +188,18 @@ class Pair(Layout):
 
     def activation(self) -> Activation:
         return _gated(self.module.activation)
+
+
+class AttentionPair(Pair):
+    """JetMoE's mixture of attention: attention runs between the two products, so the experts are no bank."""
+
+    attention = True
+
+    def bank(self) -> ExpertBank:
+        raise UnsupportedModelError(
+            f"{type(self.module).__name__} holds attention experts: attention runs between their two matrices, so they "
+            "are no feed-forward bank; only masking and removal work on them"
+        )
 
 
 class Modules(Layout):

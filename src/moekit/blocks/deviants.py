@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..contract import PAD, Context, Routing
+from ..errors import PlanError
 from .recipe import Recipe
 from .router import FamilyRouter, filled
 
@@ -196,6 +197,23 @@ class ProductKeys(FamilyRouter):
 
     def logits(self, output: Any, x_TH: Tensor) -> Tensor:
         return self.score(x_TH, Context())
+
+    def _keys(self, experts: list[int]) -> list[int]:
+        return list(dict.fromkeys(expert // math.isqrt(self.num_experts) for expert in experts))
+
+    def check_kept(self, name: str, experts: list[int]) -> None:
+        side, keys = math.isqrt(self.num_experts), self._keys(experts)
+        if experts != [i * side + j for i in keys for j in keys]:
+            raise PlanError(
+                f"{name} addresses experts as a {side} x {side} square of keys, the same keys on both sides: keep the "
+                "experts i * side + j for all i and j of one list of keys, in that order"
+            )
+
+    def own_rows(self, tensor_name: str, experts: list[int]) -> list[int] | None:
+        if not tensor_name.startswith("router_gate"):
+            return None
+        side, keys = math.isqrt(self.num_experts), self._keys(experts)
+        return [*keys, *(side + key for key in keys)]
 
 
 ROUTERS: dict[str, type[FamilyRouter]] = {

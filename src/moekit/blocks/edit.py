@@ -65,6 +65,11 @@ class _Stack:
 _STACKS: MutableMapping[nn.Module, _Stack] = WeakKeyDictionary()
 
 
+def attached(block: MoEBlock) -> RouterEdit:
+    """All edits of a block as one; an empty edit if there are none."""
+    return merge([edit.edit for edit in _stack(block).edits])
+
+
 def _stack(block: MoEBlock) -> _Stack:
     return _STACKS.setdefault(block.router_module, _Stack())
 

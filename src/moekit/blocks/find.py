@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from ._layout import Flattened, Layout, Modules, Packed, Pair, SingleUnits, Stacked, TransposedOnInput
+from ._layout import AttentionPair, Flattened, Layout, Modules, Packed, Pair, SingleUnits, Stacked, TransposedOnInput
 from .block import MoEBlock
 from .deviants import router_for
 from .families import UNSUPPORTED
@@ -16,20 +16,21 @@ LAYOUTS: dict[str, type[Layout]] = {
     "Llama4TextExperts": TransposedOnInput,
     "DbrxExperts": Flattened,
     "JetMoeMoE": Pair,
+    "JetMoeMoA": AttentionPair,
     "SwitchTransformersExperts": Modules,
     "DogeCDMoE": SingleUnits,
     "PackedExperts": Packed,
 }
 """Experts modules that are not stacked as transformers' shared contract has them, by class name."""
 
-_WHOLE_BLOCKS = {"JetMoeMoE", "DogeCDMoE"}
+_WHOLE_BLOCKS = {"JetMoeMoE", "JetMoeMoA", "DogeCDMoE"}
 """Classes that are experts and block in one."""
 
 _ROUTER_NAMES = ("gate", "router", "router_gate")
 
 
-def blocks(model: nn.Module) -> list[MoEBlock]:
-    """Every MoE feed-forward block of ``model``, in layer order.
+def blocks(model: nn.Module, *, attention: bool = False) -> list[MoEBlock]:
+    """Every MoE feed-forward block of ``model``, in layer order; with ``attention``, its attention experts too.
 
     Raises :class:`UnsupportedModelError` for a dense model, a family in ``UNSUPPORTED``, or a router that no recipe and
     no entry of ``deviants`` describes.
@@ -37,7 +38,7 @@ def blocks(model: nn.Module) -> list[MoEBlock]:
     family = type(model).__module__.split(".")[-2] if "." in type(model).__module__ else ""
     if family in UNSUPPORTED:
         raise UnsupportedModelError(f"{family} is not supported: {UNSUPPORTED[family]}")
-    found = [_block(model, name, layout) for name, layout in _experts(model)]
+    found = [_block(model, name, layout) for name, layout in _experts(model) if attention or not layout.attention]
     if not found:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no Mixture-of-Experts block: it is a dense model, and there are no experts "

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..contract import PAD, Context, Routing, weighted_sum
+from .edit import attached
 
 if TYPE_CHECKING:
     from .block import MoEBlock
@@ -118,7 +119,7 @@ class Observer:
 
     def _inline(self, module: nn.Module, args: Any, output: Any) -> None:
         x_TH, context = args[0].reshape(-1, args[0].shape[-1]), Context()
-        routing = self.block.choose(x_TH, context)
+        routing = self.block.choose(x_TH, context, attached(self.block))
         self._seen |= {"x": x_TH, "context": context, "logits": routing.logits}
         self._emit(x_TH, routing.expert, routing.weight)
 

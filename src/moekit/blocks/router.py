@@ -128,6 +128,15 @@ class FamilyRouter:
         """The experts' arguments with another routing in them."""
         return (args[0], filled(routing).to(args[1].dtype), routing.weight.to(args[2].dtype), *args[3:])
 
+    # -- what removing experts means for the module
+
+    def check_kept(self, name: str, experts: list[int]) -> None:
+        """Raise :class:`PlanError` if the block called ``name`` cannot keep just these experts."""
+
+    def own_rows(self, tensor_name: str, experts: list[int]) -> list[int] | None:
+        """Rows of a tensor to keep where they are not one run per expert; None for the ordinary case."""
+        return None
+
     # -- how the module is called
 
     def context(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Context]:
