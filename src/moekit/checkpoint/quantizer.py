@@ -44,6 +44,12 @@ def expand_layer(layer: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
     return bank, list(layer.get("slots", range(layer["experts"])))
 
 
+def pack_layers(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Make a model of the stock class ready for packed weights: its experts swapped, its router rows masked."""
+    swap_experts(model, layers)
+    mask_rows(model, layers)
+
+
 def swap_experts(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any]]) -> None:
     """Put empty packed experts (same device as the model's, meta included) in place of the family's own.
 

@@ -14,23 +14,32 @@ from moekit.checkpoint import Checkpoint
 
 
 class CheckpointSource:
-    """The weights of a checkpoint as the conversion wants them: plain, decoded where they are stored quantised."""
+    """The weights of a checkpoint as the conversion wants them: plain, decoded where they are stored quantised.
+
+    Except moekit's own packed experts, whose module takes the integers as they are.
+    """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         self._checkpoint, self._dtype = checkpoint, dtype
 
     def names(self) -> Iterable[str]:
-        return self._checkpoint.stored
+        for name, stored in self._checkpoint.stored.items():
+            if stored.carrier == "qweight":
+                yield from stored.tensors.values()
+            else:
+                yield name
 
     def nbytes(self, name: str) -> int:
         """Bytes in memory once read; decoding passes through float32."""
-        stored, tensors = self._checkpoint.stored[name], self._checkpoint.tensors
+        stored, tensors = self._checkpoint.stored.get(name), self._checkpoint.tensors
+        if stored is None:
+            return tensors[name].nbytes
         size = sum(tensors[part].nbytes for part in stored.tensors.values())
         return size if stored.carrier == "weight" and len(stored.tensors) == 1 else 10 * size
 
     def read(self, name: str) -> Tensor:
-        stored = self._checkpoint.stored[name]
-        if stored.tensors == {"weight": name}:
+        stored = self._checkpoint.stored.get(name)
+        if stored is None or stored.tensors == {"weight": name}:
             return self._checkpoint.read(name)
         return self._checkpoint.read_plain(name, self._dtype)
 
