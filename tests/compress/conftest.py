@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ import torch
 
 from moekit.formats import DenseBank
 from moekit.plan.planner import Site
+from moekit.profile.document import Profile
 from moekit.profile.layer import LayerProfile
 
 
@@ -59,6 +59,6 @@ def model() -> Model:
 
 
 @pytest.fixture
-def profile(model: Model) -> SimpleNamespace:
+def profile(model: Model) -> Profile:
     layers = {site.name: seen(i) for i, site in enumerate(model.sites)}
-    return SimpleNamespace(source=model.fingerprint, fingerprint="p" * 64, layers=layers, domains=("code", "prose"))
+    return Profile(model.fingerprint, "a model", ("code", "prose"), layers)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from moekit.compress import method, methods, sequence
 from moekit.errors import OptionError, PlanError, ProfileError
-from moekit.plan import Plan
+from moekit.plan import Plan, make_plan
 from moekit.plan.planner import Site
 
 PRUNING = ("random", "frequency", "router-probability", "reap", "easy-ep")
@@ -39,12 +41,13 @@ def test_what_every_method_owes(name: str, model, profile, tmp_path) -> None:
     if planner.needs:
         with pytest.raises(ProfileError, match=f"{name} needs a profile"):
             planner.plan(None, model)
-        profile.source = "0" * 64
         with pytest.raises(ProfileError, match="is of another model"):
-            planner.plan(profile, model)
-        profile.source, profile.layers = model.fingerprint, {}
+            planner.plan(replace(profile, source="0" * 64), model)
         with pytest.raises(ProfileError, match=f"nothing on layer {NAME}"):
-            planner.plan(profile, model)
+            planner.plan(replace(profile, layers={}), model)
+        bare = {n: replace(layer, arrays={"tokens": np.zeros((1, 2, 1))}) for n, layer in profile.layers.items()}
+        with pytest.raises(ProfileError, match="profile again with this statistic"):
+            planner.plan(replace(profile, layers=bare), model)
     else:
         assert planner.plan(None, model) == first
 
@@ -59,7 +62,7 @@ def test_pruning_keeps_what_is_asked(name: str, model, profile) -> None:
 @pytest.mark.parametrize("name", PRUNING)
 def test_pruning_keeps_groups_even(name: str, model, profile, observe) -> None:
     model.sites = [Site(NAME, 16, 2, groups=(4, 2))]
-    profile.layers = {NAME: observe(experts=16)}
+    profile = replace(profile, layers={NAME: observe(experts=16)})
     plan = method(f"{name}:keep=0.4").plan(profile, model)
     assert [sum(e // 4 == g for e in kept(plan)) for g in range(4)] == [2, 2, 2, 2]
     with pytest.raises(PlanError, match="one row per group is left"):
@@ -135,8 +138,25 @@ def test_rtn_only_changes_precision(model) -> None:
         method("rtn:group_size=0")
 
 
-def test_methods_are_listed_in_sequence() -> None:
-    assert [m.name for m in sequence(["easy-ep:keep=0.5", "rtn:bits=8"])] == ["easy-ep", "rtn"]
+def test_methods_in_sequence_see_what_the_ones_before_left(model, profile) -> None:
+    both = make_plan(sequence(["frequency:keep=6", "reap:keep=3", "rtn:bits=4"]), model, profile)
+    first = kept(method("frequency:keep=6").plan(profile, model))
+    mean = profile.layers[NAME].total("gate_norm")[first] / profile.layers[NAME].total("counts")[first]
+    assert kept(both) == sorted(np.array(first)[np.argsort(-mean)[:3]].tolist())
+    assert {e.bits for e in both.layers[NAME].experts} == {4}
+    assert both.methods == ("frequency:keep=6", "reap:keep=3", "rtn:bits=4,group_size=64")
+    assert both.profile == profile.fingerprint
+    with pytest.raises(PlanError, match="has only 3 experts"):
+        make_plan(sequence(["frequency:keep=3", "reap:keep=4"]), model, profile)
+
+
+def test_pruning_after_merging_works_on_the_merged(model, profile) -> None:
+    merged = make_plan(sequence(["m-smoe:keep=5"]), model, profile).layers[NAME]
+    both = make_plan(sequence(["m-smoe:keep=5", "frequency:keep=2"]), model, profile).layers[NAME]
+    assert len(both.experts) == 2
+    assert all(expert in merged.experts for expert in both.experts)
+    rows = [row for row, slot in zip(merged.rows, merged.slots, strict=True) if merged.experts[slot] in both.experts]
+    assert list(both.rows) == rows
 
 
 WRONG = {

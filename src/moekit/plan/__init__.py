@@ -1,21 +1,32 @@
 """Plans: what shall become of every expert, chosen by a method or a solver, applied by one engine."""
 
+from moekit.plan.apply import apply
 from moekit.plan.document import LayerPlan, Permutation, Plan, StoredExpert
+from moekit.plan.fit import FitResult, fit
+from moekit.plan.live import LiveLoss, live_loss, split_held_out
 from moekit.plan.planner import LayerPlanner, Method, PlannedSource, Planner, Site, Source, make_plan
+from moekit.plan.receipt import Receipt
 from moekit.plan.recombine import recombined, stored
 
 __all__ = [
+    "FitResult",
     "LayerPlan",
     "LayerPlanner",
+    "LiveLoss",
     "Method",
     "Permutation",
     "Plan",
     "PlannedSource",
     "Planner",
+    "Receipt",
     "Site",
     "Source",
     "StoredExpert",
+    "apply",
+    "fit",
+    "live_loss",
     "make_plan",
     "recombined",
+    "split_held_out",
     "stored",
 ]

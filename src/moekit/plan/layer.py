@@ -102,11 +102,13 @@ class LayerPlan:
         rows = tuple(((e, 1.0),) for e in range(len(slots)))
         return cls(num_experts=len(slots), experts=tuple(experts), slots=tuple(slots), rows=rows, why=why)
 
-    def with_bits(self, bits: int | Sequence[int], group_size: int = 64) -> LayerPlan:
+    def with_bits(self, bits: int | Sequence[int], group_size: int | Sequence[int] = 64) -> LayerPlan:
         """The same layer at another precision: one for all, or one per stored expert."""
-        each = [bits] * len(self.experts) if isinstance(bits, int) else list(bits)
-        pairs = zip(self.experts, each, strict=True)
-        return replace(self, experts=tuple(replace(e, bits=b, group_size=group_size) for e, b in pairs))
+        count = len(self.experts)
+        widths = [bits] * count if isinstance(bits, int) else bits
+        groups = [group_size] * count if isinstance(group_size, int) else group_size
+        each = zip(self.experts, widths, groups, strict=True)
+        return replace(self, experts=tuple(replace(e, bits=b, group_size=g) for e, b, g in each))
 
     @property
     def plain_slots(self) -> bool:

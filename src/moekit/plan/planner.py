@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 from moekit.errors import ProfileError
 from moekit.plan.check import check_layer
@@ -108,11 +108,8 @@ class Method(ABC):
             return {}
         if profile is None:
             raise ProfileError(f"{self.name} needs a profile: give --profile, or --text to make one")
-        if profile.source != source.fingerprint:
-            raise ProfileError(
-                f"the profile is of another model (fingerprint {profile.source[:12]}, this one has "
-                f"{source.fingerprint[:12]}): profile this checkpoint"
-            )
+        profile.check_source(source.fingerprint)
+        profile.require(sorted(self.needs))
         for site in sites_of(source):
             if not site.extra and site.name not in profile.layers:
                 raise ProfileError(f"the profile has nothing on layer {site.name}: profile this checkpoint again")
@@ -132,7 +129,7 @@ class LayerPlanner(Method):
         for site in sites_of(source):
             if not site.extra:
                 bank = partial(source.bank, site.name)
-                layers[site.name] = self.plan_layer(seen.get(site.name), bank, site)
+                layers[site.name] = self.plan_layer(cast("LayerProfile", seen.get(site.name)), bank, site)
         return self.made(layers, profile, source)
 
 
@@ -178,14 +175,10 @@ def make_plan(
     plan = Plan(source=source.fingerprint, layers={})
     for planner in planners:
         seen: Source = PlannedSource(source, plan) if plan.layers else source
-        plan = plan.then(planner.plan(profile and _after(profile, plan), seen, evaluate))
+        plan = plan.then(planner.plan(profile and profile.recombined(plan), seen, evaluate))
+    if profile is not None and any(planner.needs for planner in planners):
+        return replace(plan, profile=profile.fingerprint)
     return plan
-
-
-def _after(profile: Profile, plan: Plan) -> Profile:
-    """The profile as the plan leaves the model."""
-    layers = {n: layer.recombined(plan.layers[n]) if n in plan.layers else layer for n, layer in profile.layers.items()}
-    return replace(profile, layers=layers)
 
 
 def _shown(value: Any) -> str:

@@ -1,0 +1,124 @@
+"""The plans worth comparing under a budget: the solver's, under several beliefs, and every single method that fits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from moekit.plan.cost import WHOLE, LayerCost, Precision
+from moekit.plan.document import Plan
+from moekit.plan.solve import Point, Weights, counts_allowed, layer_plan, solve, uniform
+
+BELIEFS = (1.0, 0.25, 4.0)
+"""How much worse or better dropping may be, against rounding, than the costs say."""
+SINGLE: tuple[Precision, ...] = (WHOLE, (8, 64), (8, 128), (4, 64), (4, 128), (3, 64), (2, 64))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """``nbytes`` of experts and router rows; ``drop`` and ``noise`` the two parts of the predicted loss."""
+
+    name: str
+    plan: Plan
+    nbytes: int
+    drop: float
+    noise: float
+    measured: float | None = None
+
+    @property
+    def predicted(self) -> float:
+        return self.drop + self.noise
+
+    @property
+    def loss(self) -> float:
+        """The measured loss where there is one; a plan of which nothing is known ranks last."""
+        loss = self.predicted if self.measured is None else self.measured
+        return float("inf") if math.isnan(loss) else loss
+
+
+def solved(
+    costs: Sequence[LayerCost],
+    weights: Weights,
+    rankings: Sequence[str],
+    budget: int,
+    source: str,
+    believed: Weights | None = None,
+) -> Iterator[Candidate]:
+    """The solver's plans: for each ranking, for each belief, and with no expert dropped. ``weights`` predict;
+    ``believed`` (the same if None) is what the solver works with."""
+    tries = [(ranking, belief, True) for ranking in rankings[:1] for belief in BELIEFS]
+    tries += [(ranking, 1.0, True) for ranking in rankings[1:]] + [(rankings[0], 1.0, False)]
+    for ranking, belief, drop in tries:
+        found = solve(costs, (believed or weights).scaled(belief), ranking, budget, drop=drop)
+        if found is not None:
+            name = f"solver by {ranking}" + (f", dropping counted x{belief:g}" if belief != 1 else "")
+            name = name if drop else "solver, precision only"
+            yield candidate(name, [found.points[c.site.name] for c in costs], costs, weights, source)
+
+
+def single_methods(
+    costs: Sequence[LayerCost], weights: Weights, rankings: Sequence[str], budget: int, source: str
+) -> Iterator[Candidate]:
+    """For each ranking and precision, the most experts per layer, the same in all, that fit."""
+    for precision in SINGLE:
+        if not all(precision in cost.nbytes for cost in costs):
+            continue
+        for ranking in rankings:
+            points = _most(costs, weights, ranking, precision, budget)
+            if points is None:
+                continue
+            whole = all(len(p.kept) == c.site.num_experts for p, c in zip(points, costs, strict=True))
+            bits = "" if precision == WHOLE else f" at {precision[0]} bits in groups of {precision[1]}"
+            count = f"{len(points[0].kept)} of {costs[0].site.num_experts} experts by {ranking}"
+            yield candidate(("all experts" if whole else count) + bits, points, costs, weights, source)
+            if whole:
+                break
+
+
+def candidate(
+    name: str, points: Sequence[Point], costs: Sequence[LayerCost], weights: Weights, source: str
+) -> Candidate:
+    """Points as a plan, with the loss they are predicted to have."""
+    drop = noise = 0.0
+    layers = {}
+    for point, cost in zip(points, costs, strict=True):
+        site = cost.site
+        gone = [e for e in range(site.num_experts) if e not in point.kept]
+        drop += weights.drop[site.name] * float(cost.drop[gone].sum())
+        rounded = zip(point.kept, point.precision, strict=True)
+        noise += weights.noise[site.name] * sum(float(cost.noise[p][e]) for e, p in rounded)
+        layers[site.name] = layer_plan(point, cost, _why(point, site.num_experts, name))
+    plan = Plan(source=source, layers=layers, methods=(f"fit: {name}",))
+    return Candidate(name, plan, sum(point.nbytes for point in points), drop, noise)
+
+
+def distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The first of each set that store the same."""
+    seen: dict[object, Candidate] = {}
+    for one in candidates:
+        key = tuple(tuple(layer.experts) for layer in one.plan.layers.values())
+        seen.setdefault(key, one)
+    return list(seen.values())
+
+
+def rival(name: str, plan: Plan) -> Candidate:
+    """A plan of another method: nothing is predicted for it."""
+    return Candidate(name, plan, 0, float("nan"), float("nan"))
+
+
+def _most(
+    costs: Sequence[LayerCost], weights: Weights, ranking: str, precision: Precision, budget: int
+) -> list[Point] | None:
+    for count in reversed(counts_allowed(costs[0])):
+        if all(count in counts_allowed(cost) for cost in costs):
+            points = [uniform(cost, weights, ranking, count, precision) for cost in costs]
+            if sum(point.nbytes for point in points) <= budget:
+                return points
+    return None
+
+
+def _why(point: Point, num_experts: int, name: str) -> str:
+    bits = [p[0] for p in point.precision]
+    parts = ", ".join(f"{bits.count(b)} at {b} bits" for b in sorted(set(bits), reverse=True))
+    return f"{name}: keeps {len(bits)} of {num_experts} ({parts})"

@@ -1,0 +1,177 @@
+"""What keeping an expert costs in bytes and what losing it, or some of its bits, costs in loss.
+
+The unit of loss is *disturbance*: the energy of the error a change puts into a layer's output, as a share of the
+energy of the residual stream it is added to, per token. Dropping expert e disturbs by its weighted output energy and
+by about as much again from whatever serves its tokens instead; rounding it disturbs by its weighted output energy times
+the squared relative error of its rounded output. Disturbances of different experts and layers are taken to be
+independent, so they add; how many nats one unit costs in each layer is measured (``calibrate``) or taken as 1.
+Shapes by suffix: E experts, T tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from moekit.bank import ExpertWeights
+from moekit.formats import DenseBank, PackedBank, packed_nbytes
+from moekit.plan.planner import Site
+
+if TYPE_CHECKING:
+    from moekit.checkpoint import Checkpoint, MoELayer
+    from moekit.profile import LayerProfile
+
+Precision = tuple[int, int]
+"""(bits, group size); 16 bits is the source's own."""
+WHOLE: Precision = (16, 64)
+PRECISIONS: tuple[Precision, ...] = (
+    WHOLE,
+    *((8, 128), (4, 32), (4, 64), (4, 128), (3, 32), (3, 64), (3, 128), (2, 32), (2, 64), (2, 128)),
+)
+HEADER_ENTRY = 105
+"""Bytes that a tensor's entry in a safetensors header takes besides its module's name: the rest of the name, dtype,
+shape and offsets."""
+REROUTED = 2.0
+"""Dropping an expert removes its output and adds another's in its place: two errors of about one size."""
+SAMPLED_EXPERTS, SAMPLED_TOKENS, SAMPLED_WEIGHTS = 4, 64, 32_000_000
+"""Above so many weights in a layer, rounding is tried on a few experts and their mean error stands for all."""
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One layer: ``drop`` [E] and ``noise[precision]`` [E] in disturbance, ``nbytes[precision]`` of one stored expert,
+    ``scores`` [E] by the name of the ranking, ``row_nbytes`` of one router row of the output."""
+
+    site: Site
+    drop: np.ndarray
+    noise: Mapping[Precision, np.ndarray]
+    nbytes: Mapping[Precision, int]
+    row_nbytes: int
+    scores: Mapping[str, np.ndarray]
+
+
+def layer_cost(
+    checkpoint: Checkpoint,
+    layer: MoELayer,
+    seen: LayerProfile,
+    precisions: Sequence[Precision] = PRECISIONS,
+    *,
+    weights: bool = True,
+) -> LayerCost:
+    """The costs of one layer. ``weights`` False (headers only) takes the rounding error of normally distributed
+    weights instead of the layer's own."""
+    energy_E = seen.total("output_energy")
+    share_E = energy_E / max(_stream_energy(seen, energy_E), 1e-30)
+    if weights:
+        error = rounding_errors(checkpoint.bank(layer.name), precisions, _inputs(seen))
+    else:
+        error = {p: np.full(layer.num_experts, expected_error(*p)) for p in precisions}
+    return LayerCost(
+        site=Site(layer.name, layer.num_experts, layer.top_k, layer.groups),
+        drop=REROUTED * share_E,
+        noise={p: share_E * error[p] for p in precisions},
+        nbytes=expert_nbytes(checkpoint, layer, precisions),
+        row_nbytes=row_nbytes(checkpoint, layer),
+        scores=rankings(seen),
+    )
+
+
+def rankings(seen: LayerProfile) -> dict[str, np.ndarray]:
+    """Ways to say which experts matter, best first by the score [E]; those the profile has the statistics for."""
+    found = {"output energy": seen.total("output_energy")}
+    for name, statistic in (
+        ("token contribution", "contribution"),
+        ("gate x output norm", "gate_norm"),
+        ("frequency", "counts"),
+        ("router probability", "probability"),
+    ):
+        if statistic in seen.arrays:
+            found[name] = seen.total(statistic)
+    if "gate_norm" in seen.arrays:
+        found["mean gate x output norm"] = np.nan_to_num(seen.per_token("gate_norm"))
+    return found
+
+
+def expert_nbytes(checkpoint: Checkpoint, layer: MoELayer, precisions: Sequence[Precision]) -> dict[Precision, int]:
+    """Bytes of one expert in the output, its entries in the files' headers included (to within a few bytes each); at
+    16 bits, decoded if the source stores it quantised."""
+    shape = layer.shape
+    dtype = float_dtype(checkpoint, layer)
+    sizes = {}
+    for bits, group in precisions:
+        data = packed_nbytes(shape.hidden_size, shape.intermediate_size, bits, group, shape.gated, shape.biased, dtype)
+        entries = (2 if bits == 16 else 6) + 2 * shape.biased
+        sizes[bits, group] = data + entries * (len(layer.name) + HEADER_ENTRY)
+    return sizes
+
+
+def row_nbytes(checkpoint: Checkpoint, layer: MoELayer) -> int:
+    """Bytes of one router row, biases included."""
+    infos = [(checkpoint.tensors[row.name], row) for row in layer.row_tensors]
+    return sum(info.nbytes // info.shape[row.axis] for info, row in infos)
+
+
+def float_dtype(checkpoint: Checkpoint, layer: MoELayer) -> torch.dtype:
+    """The dtype of the layer's experts once decoded."""
+    dtype = checkpoint.tensors[layer.expert_tensors[0].name].dtype
+    return dtype if dtype.is_floating_point and dtype.itemsize >= 2 else checkpoint.scheme.dtype
+
+
+def rounding_errors(
+    bank: DenseBank, precisions: Sequence[Precision], x_TH: torch.Tensor | None = None
+) -> dict[Precision, np.ndarray]:
+    """Squared relative error [E] of each expert's output when its weights are rounded, on inputs x_TH (or noise)."""
+    count = bank.num_experts
+    step = 1
+    if bank.gate_up.numel() + bank.down.numel() > SAMPLED_WEIGHTS and count > SAMPLED_EXPERTS:
+        step = count // SAMPLED_EXPERTS
+    tried = list(range(0, count, step))
+    some = bank.select(tried)
+    some = replace(some, **{name: tensor.float() for name, tensor in some.tensors().items()})
+    if x_TH is None:
+        x_TH = torch.randn(SAMPLED_TOKENS, bank.hidden_size, generator=torch.Generator().manual_seed(0))
+    before = [_output(some, e, x_TH) for e in range(len(tried))]
+    errors = {}
+    for precision in precisions:
+        error = np.zeros(len(tried))
+        if precision[0] != 16:
+            rounded = PackedBank.quantise(some, *precision).dequantise()
+            error = np.array([_relative(_output(rounded, e, x_TH), y) for e, y in enumerate(before)])
+        errors[precision] = error if step == 1 else np.full(count, error.mean())
+    return errors
+
+
+def expected_error(bits: int, group: int) -> float:
+    """The same for normally distributed weights: uniform noise of one step in each of three matrices."""
+    if bits == 16:
+        return 0.0
+    spread = 2 * np.sqrt(2 * np.log(max(group, 2))) * 0.83  # expected range of `group` normal draws, in deviations
+    return float(3 * (spread / (2**bits - 1)) ** 2 / 12)
+
+
+def _stream_energy(seen: LayerProfile, energy_E: np.ndarray) -> float:
+    """Summed energy of the residual stream; of the experts' own output where the profile has none."""
+    if "residual_energy" in seen.arrays:
+        return float(seen.total("residual_energy"))
+    return float(energy_E.sum())
+
+
+def _inputs(seen: LayerProfile) -> torch.Tensor | None:
+    if "hidden" not in seen.arrays or not len(seen.hidden):
+        return None
+    step = max(1, len(seen.hidden) // SAMPLED_TOKENS)
+    return torch.from_numpy(np.ascontiguousarray(seen.hidden[::step][:SAMPLED_TOKENS])).float()
+
+
+def _output(bank: DenseBank, expert: int, x_TH: torch.Tensor) -> torch.Tensor:
+    weights: ExpertWeights = bank.expert(expert)
+    hidden = bank.activation(torch.nn.functional.linear(x_TH, weights.gate_up, weights.gate_up_bias))
+    return torch.nn.functional.linear(hidden, weights.down, weights.down_bias)
+
+
+def _relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).square().sum() / wanted.square().sum().clamp(min=1e-30))

@@ -1,0 +1,62 @@
+"""A fit in words: what it would do to the model, with which levers, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from moekit.stream import gigabytes
+
+if TYPE_CHECKING:
+    from moekit.plan.fit import FitResult
+
+LISTED = 6
+
+
+def explain(fit: FitResult) -> str:
+    """Several lines: the budget, the levers, the loss, and the plans that came next."""
+    lines = [
+        f"Budget: {fit.budget.asked}: {gigabytes(fit.budget.nbytes)} of weights; the source has "
+        f"{gigabytes(fit.source_nbytes)}, the result {gigabytes(fit.nbytes)} ({fit.nbytes / fit.source_nbytes:.1%}).",
+        *levers(fit),
+        f"Loss: {_loss(fit.predicted, fit.measured)}.",
+    ]
+    others = fit.candidates[1 : LISTED + 1]
+    if others:
+        lines.append("Next best at no more bytes:")
+        lines += [f"  {one.name}: {_loss(one.predicted, one.measured)}" for one in others]
+    return "\n".join(lines)
+
+
+def levers(fit: FitResult) -> tuple[str, ...]:
+    """One line per lever: how far it was used, and why."""
+    layers = fit.plan.layers.values()
+    total = sum(layer.num_experts for layer in layers)
+    stored = [expert for layer in layers for expert in layer.experts]
+    counts = [len(layer.experts) for layer in layers]
+    merged = sum(len(expert.parts) > 1 for expert in stored)
+    widths = Counter((expert.bits, expert.group_size if expert.bits != 16 else 0) for expert in stored)
+    lines = [f"Chosen: {fit.candidates[0].name}, of {len(fit.candidates)} plans that fit."]
+    if len(stored) < total and not merged:
+        lines.append(
+            f"Experts: {len(stored)} of {total} kept, {min(counts)} to {max(counts)} per layer; the others add least "
+            "to the output per byte they take."
+        )
+    elif merged:
+        lines.append(f"Experts: {total} stored as {len(stored)}, {merged} of them merged from several.")
+    else:
+        lines.append("Experts: all kept; rounding loses less per byte than dropping.")
+    parts = ", ".join(
+        f"{n} at {bits} bits" + (f" in groups of {group}" if bits != 16 else "")
+        for (bits, group), n in sorted(widths.items(), key=lambda item: (-item[0][0], item[0][1]))
+    )
+    lines.append(f"Precision: {parts}; more bits where the weighted output error per byte is largest.")
+    return tuple(lines)
+
+
+def _loss(predicted: float, measured: float | None) -> str:
+    if predicted != predicted:  # another method's plan: only measured
+        return f"measured {measured:.4f} nats per token" if measured is not None else "not predicted"
+    unit = "nats per token" if measured is not None else "(relative units: nothing was run to calibrate it)"
+    said = f"predicted {predicted:.4f} {unit}"
+    return said if measured is None else f"{said}, measured {measured:.4f} on calibration tokens"

@@ -1,0 +1,180 @@
+"""Fit a model into a budget, losing least: costs, a solver and, where the model can run, measurements to decide.
+
+The loss is the KL divergence from the source in nats per token. It is predicted from the profile and the weights and
+calibrated by a few probes; the plans worth comparing (the solver's, and every single method's at no more bytes) are
+then measured on calibration tokens, and the least measured loss wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from moekit.errors import BudgetError
+from moekit.plan.budget import Budget, Size, budget_of
+from moekit.plan.calibrate import best_ranking, calibrated, rescaled, unit_weights
+from moekit.plan.candidates import Candidate, distinct, rival, single_methods, solved
+from moekit.plan.cost import PRECISIONS, LayerCost, Precision, layer_cost
+from moekit.plan.document import Plan
+from moekit.plan.explain import explain, levers
+from moekit.plan.planner import Evaluate
+from moekit.plan.sizes import fixed_nbytes, plan_nbytes
+from moekit.plan.solve import Weights, smallest, solve
+
+if TYPE_CHECKING:
+    from moekit.checkpoint import Checkpoint
+    from moekit.profile import Profile
+
+SINGLES = 10
+"""Single-method plans measured, those of least predicted loss."""
+ROUNDS = 2
+"""Times the solver runs again with the balance of dropping and rounding that the measurements suggest."""
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """``predicted`` and ``measured`` in nats per token (``measured`` None where nothing ran); ``nbytes`` of the
+    output's weight files, exactly; ``curve`` (bytes, predicted loss) over all budgets; ``candidates`` best first."""
+
+    plan: Plan
+    nbytes: int
+    source_nbytes: int
+    budget: Budget
+    predicted: float
+    measured: float | None
+    curve: tuple[tuple[int, float], ...]
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def levers(self) -> tuple[str, ...]:
+        """One line per lever: how far it was used, and why."""
+        return levers(self)
+
+    def describe(self) -> str:
+        """What it would do and why, to read before doing it."""
+        return explain(self)
+
+
+def fit(
+    source: Checkpoint,
+    profile: Profile,
+    *,
+    size: Size | None = None,
+    memory: Size | None = None,
+    context: int | None = None,
+    ratio: float | None = None,
+    evaluate: Evaluate | None = None,
+    precisions: Sequence[Precision] = PRECISIONS,
+    weights: bool = True,
+    rivals: Mapping[str, Plan] | None = None,
+    progress: Progress | None = None,
+) -> FitResult:
+    """Choose what to keep of every layer, and at how many bits, to lose least within a budget.
+
+    Args:
+        size, memory, context, ratio: the budget; see :func:`~moekit.plan.budget.budget_of`.
+        evaluate: loss of a plan on calibration tokens (such as :class:`~moekit.plan.live.LiveLoss`); without one the
+            prediction alone decides, in units of disturbance.
+        precisions: (bits, group size) pairs an expert may have.
+        weights: False reads headers only, and takes the rounding error of normally distributed weights.
+        rivals: plans of other methods to compare with, by name; those over the budget are left out.
+        progress: told (what, done, total).
+
+    Raises:
+        BudgetError: no plan is small enough; names the smallest possible. ProfileError: the profile is of another model
+        or lacks a statistic. OptionError: not exactly one budget, or one out of range.
+    """
+    budget = budget_of(source, size=size, memory=memory, context=context, ratio=ratio)
+    profile.check_source(source.fingerprint)
+    profile.require(["counts", "output_energy"])
+    tell = progress or (lambda what, done, total: None)
+    layers = [layer for layer in source.moe_layers if not layer.extra]
+    costs = []
+    for index, layer in enumerate(layers):
+        costs.append(layer_cost(source, layer, profile.layers[layer.name], precisions, weights=weights))
+        tell("weighing layers", index + 1, len(layers))
+    search = _Search(source, costs, budget, evaluate, tell)
+    best, ranked, curve = search.run(rivals or {})
+    plan = replace(best.plan, profile=profile.fingerprint)
+    return FitResult(
+        plan=plan,
+        nbytes=plan_nbytes(plan, source),
+        source_nbytes=search.source_nbytes,
+        budget=budget,
+        predicted=best.predicted,
+        measured=best.measured,
+        curve=curve,
+        candidates=tuple(ranked),
+    )
+
+
+class _Search:
+    """One search; holds what its steps share. ``room`` is the budget of experts and router rows, ``rest`` of all else,
+    headers of the files included."""
+
+    def __init__(
+        self, source: Checkpoint, costs: Sequence[LayerCost], budget: Budget, evaluate: Evaluate | None, tell: Progress
+    ) -> None:
+        self.source, self.costs, self.budget, self.evaluate, self.tell = source, costs, budget, evaluate, tell
+        self.source_nbytes = plan_nbytes(Plan(source=source.fingerprint, layers={}), source)
+        self.rest = fixed_nbytes(source)
+        self.room = budget.nbytes - self.rest
+
+    def run(self, rivals: Mapping[str, Plan]) -> tuple[Candidate, list[Candidate], tuple[tuple[int, float], ...]]:
+        key = self.source.fingerprint
+        if self.room < smallest(self.costs):
+            self._too_small()
+        rankings = best_ranking(self.costs, key, self.evaluate)
+        weights = unit_weights(self.costs)
+        if self.evaluate is not None:
+            weights = calibrated(self.costs, key, rankings[0], self.evaluate)
+        self._leave_room_for_headers(weights, rankings[0])
+        found = list(solved(self.costs, weights, rankings[:2], self.room, key))
+        singles = sorted(
+            single_methods(self.costs, weights, rankings[:3], self.room, key), key=lambda one: one.predicted
+        )
+        others = [rival(name, plan) for name, plan in rivals.items() if self._fits(plan)]
+        ranked = self._measured(distinct([*found, *singles[:SINGLES], *others]))
+        for _ in range(ROUNDS if self.evaluate is not None else 0):
+            believed = rescaled(weights, ranked)
+            again = list(solved(self.costs, weights, rankings[:1], self.room, key, believed))[:1]
+            ranked = self._measured(distinct([*ranked, *again]))
+        whole = solve(self.costs, weights, rankings[0], self.room)
+        curve = tuple((nbytes + self.rest, loss) for nbytes, loss in whole.curve) if whole else ()
+        return ranked[0], ranked, curve
+
+    def _measured(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Best first; by prediction where nothing can be measured."""
+        judged = []
+        for index, one in enumerate(candidates):
+            if self.evaluate is not None and one.measured is None:
+                one = replace(one, measured=self.evaluate(one.plan))
+            judged.append(one)
+            self.tell("measuring plans", index + 1, len(candidates))
+        return sorted((one for one in judged if self._fits(one.plan)), key=lambda one: one.loss)
+
+    def _fits(self, plan: Plan) -> bool:
+        return plan_nbytes(plan, self.source) <= self.budget.nbytes
+
+    def _leave_room_for_headers(self, weights: Weights, ranking: str) -> None:
+        """Headers are only estimated so far: a first solution tells what they, and all else, really take."""
+        for _ in range(8):
+            found = next(solved(self.costs, weights, [ranking], self.room, self.source.fingerprint), None)
+            if found is None:
+                break
+            exact = plan_nbytes(found.plan, self.source)
+            self.rest = exact - found.nbytes
+            if exact <= self.budget.nbytes:
+                return
+            self.room -= exact - self.budget.nbytes
+        self._too_small()
+
+    def _too_small(self) -> None:
+        least = self.rest + smallest(self.costs)
+        bits = min(precision[0] for precision in self.costs[0].nbytes)
+        raise BudgetError(
+            f"no plan fits {self.budget.asked} ({self.budget.nbytes:,} bytes of weights): the smallest possible is "
+            f"about {least:,} bytes, with the fewest experts the router allows at {bits} bits"
+        )

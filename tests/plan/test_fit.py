@@ -1,0 +1,222 @@
+"""Fitting a tiny model: budgets kept to the byte, losses measured as the output will lose, errors in one line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+from moekit.checkpoint import Checkpoint
+from moekit.errors import BudgetError, OptionError, PlanError, ProfileError
+from moekit.plan import LayerPlan, LiveLoss, Plan, StoredExpert, apply, fit, split_held_out
+from moekit.plan.cost import PRECISIONS, WHOLE, expected_error, layer_cost, rounding_errors
+from moekit.plan.sizes import plan_nbytes, source_nbytes
+from moekit.profile import profile
+from moekit.stream import LoadedModel
+
+CONFIG = {
+    "hidden_size": 64,
+    "moe_intermediate_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "vocab_size": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**CONFIG), dtype=torch.float32)
+    for name, weight in model.named_parameters():
+        if "experts" in name or "gate" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    path = tmp_path_factory.mktemp("source")
+    model.save_pretrained(path)
+    return Checkpoint.open(path)
+
+
+class Tokens:
+    """Characters as tokens, which is all a profile asks of a tokenizer."""
+
+    pad_token_id, bos_token_id, is_fast = 0, None, False
+
+    def __call__(self, text, **options):
+        return {"input_ids": [ord(c) % 64 for c in text]}
+
+
+@pytest.fixture(scope="module")
+def runner(source: Checkpoint) -> LoadedModel:
+    return LoadedModel.load(source)
+
+
+@pytest.fixture(scope="module")
+def seen(source: Checkpoint, runner: LoadedModel):
+    draw = np.random.default_rng(0)
+    texts = {
+        d: ["".join(map(chr, draw.integers(low, low + 32, 256))) for _ in range(4)] for d, low in (("a", 64), ("b", 90))
+    }
+    return profile(runner, texts, sequence_length=64, held_out=0.3, tokenizer=Tokens())
+
+
+@pytest.fixture(scope="module")
+def loss(source: Checkpoint, runner: LoadedModel, seen) -> LiveLoss:
+    return LiveLoss(runner.model, source, [piece for pieces in seen.held_out.values() for piece in pieces])
+
+
+def plan_of(source: Checkpoint, layer: LayerPlan) -> Plan:
+    return Plan(source=source.fingerprint, layers={m.name: layer for m in source.moe_layers})
+
+
+PLANS = {
+    "pruned": LayerPlan.keep([0, 2, 3, 5, 7], 8),
+    "rounded": LayerPlan.identity(8).with_bits([2, 3, 4, 8, 16, 2, 2, 4], [32, 64, 128, 64, 64, 64, 32, 32]),
+    "merged": LayerPlan.aliased([StoredExpert(((0, 0.5), (1, 0.5))), StoredExpert(((2, 1.0),), 4)], [0, 0, 1, 1] * 2),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_what_is_measured_is_what_the_output_does(name, source, runner, loss, seen, tmp_path) -> None:
+    """The model in memory under a plan, against the checkpoint that the plan writes, loaded again."""
+    plan = plan_of(source, PLANS[name])
+    ids = torch.from_numpy(np.asarray(seen.held_out["a"][0]).astype(np.int64))[None]
+    before = runner.model(input_ids=ids).logits
+    loss.become(plan)
+    live = runner.model(input_ids=ids).logits
+    loss.restore()
+    assert torch.equal(runner.model(input_ids=ids).logits, before)
+    apply(source, plan, tmp_path / "out", text={"a": [ids[0].tolist()]})
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(input_ids=ids).logits
+    torch.testing.assert_close(live, written, atol=2e-4, rtol=1e-4)
+    assert not torch.allclose(live, before, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_sizes_are_exact(name, source, tmp_path, seen) -> None:
+    plan = plan_of(source, PLANS[name])
+    apply(source, plan, tmp_path / "out", text={"a": [list(range(1, 20))]})
+    assert plan_nbytes(plan, source) == sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
+
+
+def test_the_source_loses_nothing_and_blends_are_refused(source, loss) -> None:
+    assert loss(Plan(source=source.fingerprint, layers={})) == 0
+    assert loss(plan_of(source, LayerPlan.identity(8).with_bits(8))) > 0
+    blend = replace(LayerPlan.keep([0, 1], 8), rows=(((0, 0.5), (2, 0.5)), ((1, 1.0),)))
+    with pytest.raises(PlanError, match="can only be measured once it is applied"):
+        loss(plan_of(source, blend))
+    loss.restore()
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
+def test_the_budget_is_kept_and_no_rival_does_better(ratio, source, seen, loss) -> None:
+    rival = plan_of(source, LayerPlan.keep(range(2), 8).with_bits(2))
+    found = fit(source, seen, ratio=ratio, evaluate=loss, rivals={"two at two bits": rival})
+    assert found.nbytes == plan_nbytes(found.plan, source) <= source_nbytes(source) * (1 - ratio)
+    found.plan.check(source)
+    assert found.measured == pytest.approx(loss(found.plan))
+    assert found.measured == min(c.measured for c in found.candidates)
+    assert {"two at two bits", "all experts at 2 bits in groups of 64"} & {c.name for c in found.candidates}
+    assert all(plan_nbytes(c.plan, source) <= found.budget.nbytes for c in found.candidates)
+    sizes, losses = zip(*found.curve, strict=True)
+    assert list(sizes) == sorted(sizes)
+    assert list(losses) == sorted(losses, reverse=True)
+    text = found.describe()
+    assert f"{ratio:.0%} of the bytes removed" in text
+    assert "measured" in text
+    assert any(line.startswith("Precision:") for line in found.levers)
+
+
+def test_a_dry_run_needs_headers_and_a_profile_only(source, seen, monkeypatch) -> None:
+    monkeypatch.setattr(Checkpoint, "bank", lambda *a, **k: pytest.fail("a dry run read weights"))
+    found = fit(source, seen, ratio=0.5, weights=False)
+    assert found.measured is None
+    assert found.nbytes <= found.budget.nbytes
+    assert "nothing was run to calibrate it" in found.describe()
+
+
+def test_memory_counts_the_cache(source, seen) -> None:
+    cache = source.summary().kv_bytes(1000)
+    assert cache > 0
+    total = source_nbytes(source)
+    found = fit(source, seen, memory=total, context=1000, weights=False)
+    assert found.budget.nbytes == total - cache
+    assert found.nbytes <= total - cache
+    assert "a context of 1000 tokens" in found.describe()
+
+
+def test_a_budget_larger_than_the_source_changes_nothing(source, seen) -> None:
+    found = fit(source, seen, size=2 * source_nbytes(source), weights=False)
+    assert found.plan.untouched
+    assert found.predicted == 0
+
+
+def test_impossible_budgets_name_the_smallest(source, seen) -> None:
+    with pytest.raises(BudgetError, match=r"no plan fits .* the smallest possible is about [\d,]+ bytes") as error:
+        fit(source, seen, size=20_000, weights=False)
+    least = int(str(error.value).split("about ")[1].split(" bytes")[0].replace(",", ""))
+    assert fit(source, seen, size=least + 20_000, weights=False).nbytes <= least + 20_000
+    with pytest.raises(BudgetError, match="the cache alone is too large"):
+        fit(source, seen, memory="1kB", context=1000)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "exactly one budget"),
+        ({"size": 10**6, "ratio": 0.5}, "exactly one budget"),
+        ({"ratio": 1.0}, "ratio=1.0 is no share"),
+        ({"ratio": -0.1}, "ratio=-0.1 is no share"),
+        ({"size": "many"}, "'many' is no amount of memory"),
+        ({"size": 10**6, "context": 5}, "counts towards a memory budget"),
+        ({"memory": 10**6, "context": 0}, "context=0 must be at least 1"),
+    ],
+)
+def test_wrong_budgets_are_refused(options, message, source, seen) -> None:
+    with pytest.raises(OptionError, match=message):
+        fit(source, seen, **options)
+
+
+def test_wrong_profiles_are_refused(source, seen) -> None:
+    with pytest.raises(ProfileError, match="is of another model"):
+        fit(source, replace(seen, source="0" * 64), ratio=0.5)
+    bare = {n: replace(layer, arrays={"counts": layer.counts}) for n, layer in seen.layers.items()}
+    with pytest.raises(ProfileError, match="no 'output_energy'"):
+        fit(source, replace(seen, layers=bare), ratio=0.5)
+
+
+def test_costs_are_what_they_say(source, seen) -> None:
+    layer = source.moe_layers[0]
+    cost = layer_cost(source, layer, seen.layers[layer.name])
+    assert 0 < cost.nbytes[WHOLE] - 3 * 64 * 64 * 4 < 400
+    assert cost.row_nbytes == 64 * 4
+    errors = rounding_errors(source.bank(layer.name), PRECISIONS)
+    assert (errors[WHOLE] == 0).all()
+    assert (errors[2, 64] > errors[3, 64]).all()
+    assert (errors[4, 32] < errors[4, 128]).all()
+    for precision in PRECISIONS[1:]:
+        assert errors[precision].mean() == pytest.approx(expected_error(*precision), rel=0.6)
+
+
+def test_held_out_text_is_dealt_without_overlap() -> None:
+    pieces = {"a": [np.arange(i, i + 4) for i in range(5)], "b": [np.arange(10)]}
+    choose, judge = split_held_out(pieces)
+    assert [len(choose["a"]), len(judge["a"])] == [3, 2]
+    assert choose["b"][0].tolist() == [0, 1, 2, 3, 4]
+    assert judge["b"][0].tolist() == [5, 6, 7, 8, 9]
+
+
+def test_a_plan_from_fit_says_how_it_was_made(source, seen, loss, tmp_path) -> None:
+    found = fit(source, seen, ratio=0.5, evaluate=loss)
+    found.plan.save(tmp_path / "plan.json")
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert written["methods"][0].startswith("fit: ")
+    assert written["profile"] == seen.fingerprint
+    assert Plan.load(tmp_path / "plan.json") == found.plan
