@@ -34,3 +34,19 @@ With = Annotated[
         "--with", metavar="METHOD[:KEY=VALUE,...]", help="A method with its options. Repeatable: applied in order."
     ),
 ]
+Format = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        metavar="FORMAT",
+        help="auto, stock, moekit, or compressed-tensors. auto: stock where it can say the plan, else moekit.",
+    ),
+]
+Materialise = Annotated[
+    bool,
+    typer.Option("--materialise", help="Pad layers and repeat shared experts, so that a stock format can hold it."),
+]
+HeldOut = Annotated[
+    list[str],
+    typer.Option("--held-out", metavar="[DOMAIN=]FILE", help="Text to measure the result on, not to choose by."),
+]

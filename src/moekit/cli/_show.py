@@ -57,15 +57,22 @@ def _plain(data: Any) -> Any:
     return data if isinstance(data, str | int | float | bool | None) else str(data)
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None = None) -> None:
     """A table on standard output; every column but the first is right-aligned where all its cells are numbers."""
+    cells = [[_cell(value) for value in row] for row in rows]
     shown = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for i, name in enumerate(columns):
-        numeric = i > 0 and all(_is_number(row[i]) for row in rows)
+        numeric = i > 0 and all(_is_number(row[i]) for row in cells)
         shown.add_column(name, justify="right" if numeric else "left", no_wrap=numeric)
-    for row in rows:
+    for row in cells:
         shown.add_row(*map(Text, row))
     out().print(shown)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _is_number(cell: str) -> bool:

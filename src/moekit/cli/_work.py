@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moekit.cli import _show
-from moekit.errors import OptionError
+from moekit.errors import OptionError, OutputError
 
 if TYPE_CHECKING:
     from moekit.checkpoint import Checkpoint
@@ -42,3 +42,9 @@ def held_out(text: list[str], checkpoint: "Checkpoint") -> dict[str, list[str]] 
     from moekit.profile import read_texts
 
     return read_texts(text, checkpoint.tokenizer()) if text else None
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """OutputError, before any work, where an output is in the way."""
+    if output.exists() and not overwrite:
+        raise OutputError(f"{output} exists: choose another folder or give --overwrite")

@@ -25,7 +25,7 @@ def inspect(
     """
     from moekit.checkpoint import Checkpoint
 
-    checkpoint = Checkpoint.open(model)
+    checkpoint = Checkpoint.open_headers(model)
     summary = checkpoint.summary()
     can, cannot = _abilities(checkpoint)
     found = {

@@ -84,4 +84,5 @@ def profile(
         return
     for part in found.tables():
         _show.table(part.columns, part.rows, part.title)
-    _show.say("", f"wrote {output}" + (f" and {report}" if report else ""))
+        _show.say(part.note, "")
+    _show.say(f"wrote {output}" + (f" and {report}" if report else ""))

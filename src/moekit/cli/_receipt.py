@@ -1,0 +1,55 @@
+"""A receipt as people read it."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moekit.cli import _show
+
+if TYPE_CHECKING:
+    from moekit.plan import Receipt
+
+
+def as_dict(receipt: "Receipt", output: Path) -> dict[str, Any]:
+    """The whole receipt, and where it lies."""
+    return {"output": output, **json.loads(receipt.to_json())}
+
+
+def show(receipt: "Receipt", output: Path) -> None:
+    """The receipt in a dozen lines."""
+    _show.table((str(output), ""), list(lines(receipt)))
+    _show.say("", f"wrote {output} with receipt.json, plan.json and README.md")
+
+
+def lines(receipt: "Receipt") -> list[tuple[str, str]]:
+    """(what, figure) pairs: size, fate of the experts, divergence, reload, cost of the run."""
+    sizes, run = receipt.nbytes, receipt.run
+    fates: Counter[str] = Counter()
+    for layer in receipt.layers.values():
+        fates.update(layer["summary"])
+    found = [
+        ("size", f"{_show.gigabytes(sizes['before'])} -> {_show.gigabytes(sizes['after'])}"),
+        ("experts", ", ".join(f"{count} {fate}" for fate, count in sorted(fates.items()))),
+        ("tensors", f"{receipt.source['tensors']} accounted for, {len(receipt.output)} written"),
+        *divergence(receipt.divergence),
+        ("reload", str(receipt.reload.get("how", ""))),
+    ]
+    for engine, verdict in receipt.loadable.items():
+        found.append((f"names and shapes for {engine}", "ok" if verdict["ok"] else "; ".join(verdict["against"])))
+    found.append(("time", f"{run['wall_seconds']:.1f} s, peak memory {_show.gigabytes(run['peak_memory_bytes'])}"))
+    if run["resumed"]:
+        found.append(("resumed", f"{len(run['resumed'])} units were finished by an earlier run"))
+    return found
+
+
+def divergence(measured: Any) -> list[tuple[str, str]]:
+    """Held-out figures, source against output."""
+    if not measured:
+        return [("held-out text", "none given: nothing was measured")]
+    pairs = [("KL divergence", f"{measured['kl']:.4f} nats per token over {measured['tokens']} tokens")]
+    pairs.append(("top-1 agreement", f"{measured['agreement']:.1%}"))
+    if measured.get("bits_per_byte_source") is not None:
+        before, after = measured["bits_per_byte_source"], measured["bits_per_byte_output"]
+        pairs.append(("bits per byte", f"{before:.3f} -> {after:.3f}"))
+    return pairs
