@@ -49,6 +49,12 @@ def compare(model: nn.Module, old: int, new: int, groups: tuple[int, int] | None
     return Comparison(shapes, numbers)
 
 
+def num_experts(config: Any) -> int | None:
+    """The number of experts a configuration, or one inside it, speaks of; None for a dense model's."""
+    values = [v for part in _configs(config) for k, v in vars(part).items() if type(v) is int and _COUNT.match(k)]
+    return next((v for v in values if v > 1), None)
+
+
 def resize(config: Any, old: int, new: int, groups: tuple[int, int] | None) -> None:
     """Set the count, under whatever name, in a configuration and those inside it; the groups too if they change."""
     for part in _configs(config):

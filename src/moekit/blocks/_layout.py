@@ -61,7 +61,15 @@ class Layout:
         return expert
 
     def bank(self) -> ExpertBank:
-        return DenseBank(**self.read(), activation=self.activation())
+        tensors = self.read()
+        down = tensors["down"]
+        if down is not None and down.dtype.itemsize < 2:
+            dtype = str(down.dtype).removeprefix("torch.")
+            raise UnsupportedModelError(
+                f"{type(self.module).__name__} holds its experts as {dtype} with scales "
+                "beside them: load the model dequantised (quantization_config with dequantize=True)"
+            )
+        return DenseBank(**tensors, activation=self.activation())
 
     def put(self, bank: ExpertBank) -> None:
         dense = (

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
+from ._counts import num_experts
 from ._layout import AttentionPair, Flattened, Layout, Modules, Packed, Pair, SingleUnits, Stacked, TransposedOnInput
 from .block import MoEBlock
 from .deviants import router_for
@@ -40,9 +41,12 @@ def blocks(model: nn.Module, *, attention: bool = False) -> list[MoEBlock]:
         raise UnsupportedModelError(f"{family} is not supported: {UNSUPPORTED[family]}")
     found = [_block(model, name, layout) for name, layout in _experts(model) if attention or not layout.attention]
     if not found:
+        config = getattr(model, "config", None)
+        count = config is not None and num_experts(config)
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no Mixture-of-Experts block: it is a dense model, and there are no experts "
-            "to work on"
+            f"{type(model).__name__} says it has {count} experts, but no module holds them in a form moekit knows"
+            if count
+            else f"{type(model).__name__} is a dense model: it has no Mixture-of-Experts block to work on"
         )
     return found
 
