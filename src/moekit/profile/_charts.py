@@ -14,7 +14,10 @@ HOT = ((0.0, "#141a26"), (0.2, "#2b2f6b"), (0.42, "#7b2f8e"), (0.64, "#d6456b"),
 """From nothing to much, for a dark page."""
 COOL = ((0.0, "#141a26"), (0.25, "#123f5c"), (0.5, "#14787f"), (0.75, "#4dbd83"), (1.0, "#e9f7a6"))
 TWO_SIDED = ((0.0, "#3f8ef0"), (0.35, "#1f3f6e"), (0.5, "#141a26"), (0.65, "#7a3340"), (1.0, "#ff7a59"))
-DOMAINS = ("#5aa9ff", "#ffb454", "#7ee08a", "#f28cb1", "#b794f6", "#4fd6d2", "#f2e06b", "#ff7a59")
+DOMAINS = (
+    "#5aa9ff", "#ffb454", "#7ee08a", "#f28cb1", "#b794f6", "#4fd6d2", "#f2e06b", "#ff6b57", "#9aa8ff", "#c7e86b",
+    "#e58fff", "#d9b38c",
+)  # fmt: skip
 _BACKGROUND = "#141a26"
 _MOST_TITLES = 2500
 _LABEL = 'font-size="10" fill="#8b95a7"'
@@ -99,11 +102,11 @@ def heat_map(
 def curves(lines: Sequence[np.ndarray], labels: Sequence[str], *, width: int = 460, height: int = 230) -> str:
     """SVG of rising curves in 0..1, each over its own share 0..1 of experts; the first is cool, the last hot."""
     left, bottom, top = 34, 26, 8
-    wide, high = width - left - 8, height - bottom - top
+    wide, high = width - left - 20, height - bottom - top
     parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="coverage">']
     for mark in (0.0, 0.25, 0.5, 0.75, 1.0):
         y, x = top + (1 - mark) * high, left + mark * wide
-        parts.append(f'<line x1="{left}" x2="{width - 8}" y1="{y:.1f}" y2="{y:.1f}" stroke="#252d3d"/>')
+        parts.append(f'<line x1="{left}" x2="{width - 20}" y1="{y:.1f}" y2="{y:.1f}" stroke="#252d3d"/>')
         parts.append(f'<text x="{left - 6}" y="{y + 3.5:.1f}" text-anchor="end" {_LABEL}>{mark:.0%}</text>')
         parts.append(f'<text x="{x:.1f}" y="{height - 8}" text-anchor="middle" {_LABEL}>{mark:.0%}</text>')
     shades = colours(np.linspace(0.35, 0.95, max(len(lines), 2)), HOT)

@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from transformers import PreTrainedModel
@@ -143,8 +144,14 @@ def _subject(model: Runnable, tokenizer: Any, device: str, max_ram: int | float 
     if runner.checkpoint is None:
         return _subject(runner.model, tokenizer, device, max_ram)
     checkpoint = runner.checkpoint
-    name = model if isinstance(model, str) and model.startswith("moekit:") else checkpoint.path.name
-    return _Subject(runner, checkpoint.fingerprint, name, tokenizer or checkpoint.tokenizer())
+    return _Subject(runner, checkpoint.fingerprint, _name(checkpoint.path), tokenizer or checkpoint.tokenizer())
+
+
+def _name(path: Path) -> str:
+    """The folder's name; for a snapshot in the hub's cache, the repository's."""
+    if path.parent.name == "snapshots":
+        return path.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return path.name
 
 
 def _fingerprint(model: PreTrainedModel) -> str:

@@ -101,11 +101,12 @@ def _who(profile: Profile, layers: Sequence[LayerProfile]) -> Markup:
     """Each expert in the colour of the domain that leans on it most; the stronger, the more it is that domain's own."""
     shares = [np.stack([load(layer, [d]) for d in profile.domains]) for layer in layers]
     share = [s / np.maximum(s.sum(axis=0), 1e-12) for s in shares]
-    even = 1 / len(profile.domains)
+    # A domain's share of an expert against an even share; three times and a half is as bright as it gets.
+    most = min(len(profile.domains) - 1, 2.5)
     which = _stack(layers, [s.argmax(axis=0) for s in share])
-    purity = _stack(layers, [(s.max(axis=0) - even) / (1 - even) for s in share])
+    own = _stack(layers, [(s.max(axis=0) * len(profile.domains) - 1) / most for s in share])
     busy = _stack(layers, [s.mean(axis=0) for s in shares])
-    strength = np.nan_to_num(purity**0.7 * np.clip(busy * 3, 0, 1))
+    strength = np.nan_to_num(np.clip(own, 0, 1) * np.clip(busy * 3, 0, 1))
     texts = np.array(
         [
             [", ".join(f"{d} {s[k, e]:.0%}" for k, d in enumerate(profile.domains)) for e in range(s.shape[1])]

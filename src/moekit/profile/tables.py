@@ -108,9 +108,10 @@ def _layers(profile: Profile, least: int) -> Table:
 
 
 def _specialists(profile: Profile) -> Table:
-    rows = []
+    rows, most = [], 3 if len(profile.domains) <= 4 else 1
     for layer in profile.layers.values():
-        cells = [", ".join(f"{e} (x{lift:.1f})" for e, lift in specialists(layer, d)) or "-" for d in profile.domains]
+        best = [specialists(layer, domain, most) for domain in profile.domains]
+        cells = [", ".join(f"{e} (x{lift:.1f})" for e, lift in found) or "-" for found in best]
         rows.append((layer.name, *cells))
     note = "experts each domain leans on most; x: its load there over its mean load in all domains"
     return Table("Specialists", ("layer", *profile.domains), tuple(rows), note)

@@ -20,7 +20,7 @@ Batch = dict[str, Any]
 
 
 class Residency(Protocol):
-    """Who brings the weights: called by the scheduler, never by two threads at once. Stop -1 is the start."""
+    """Who brings the weights: called by the scheduler, never by two threads at once."""
 
     def enter(self, stop: int) -> None:
         """Make the layer at this stop resident; everything but what it needs may go."""

@@ -7,41 +7,39 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moekit.checkpoint import Checkpoint
+from moekit.checkpoint.quantizer import METHOD
+from moekit.kernels import PackedExperts
 
 
 class CheckpointSource:
-    """The weights of a checkpoint as the conversion wants them: plain, decoded where they are stored quantised.
+    """The weights of a checkpoint as the conversion wants them: decoded where they are stored quantised.
 
-    Except moekit's own packed experts, whose module takes the integers as they are.
+    moekit's own packed experts are the exception: their modules compute on the packed tensors, which stay as they are.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         self._checkpoint, self._dtype = checkpoint, dtype
+        self._packed = checkpoint.scheme.config.get("quant_method") == METHOD
 
     def names(self) -> Iterable[str]:
-        for name, stored in self._checkpoint.stored.items():
-            if stored.carrier == "qweight":
-                yield from stored.tensors.values()
-            else:
-                yield name
+        return self._checkpoint.tensors if self._packed else self._checkpoint.stored
 
     def nbytes(self, name: str) -> int:
         """Bytes in memory once read; decoding passes through float32."""
-        stored, tensors = self._checkpoint.stored.get(name), self._checkpoint.tensors
-        if stored is None:
-            return tensors[name].nbytes
-        size = sum(tensors[part].nbytes for part in stored.tensors.values())
-        return size if stored.carrier == "weight" and len(stored.tensors) == 1 else 10 * size
+        if self._plain(name):
+            return self._checkpoint.tensors[name].nbytes
+        parts = self._checkpoint.stored[name].tensors.values()
+        return 10 * sum(self._checkpoint.tensors[part].nbytes for part in parts)
 
     def read(self, name: str) -> Tensor:
-        stored = self._checkpoint.stored.get(name)
-        if stored is None or stored.tensors == {"weight": name}:
-            return self._checkpoint.read(name)
-        return self._checkpoint.read_plain(name, self._dtype)
+        return self._checkpoint.read(name) if self._plain(name) else self._checkpoint.read_plain(name, self._dtype)
+
+    def _plain(self, name: str) -> bool:
+        return self._packed or self._checkpoint.stored[name].tensors == {"weight": name}
 
 
 def live_skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
@@ -52,6 +50,13 @@ def live_skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None, device: tor
     model._move_missing_keys_from_meta_to_device(set(), {"": device}, None, None)
     model.initialize_weights()
     return model.eval()
+
+
+def forget(module: nn.Module) -> None:
+    """Let packed experts drop what they prepared from weights that are gone."""
+    for inner in module.modules():
+        if isinstance(inner, PackedExperts):
+            inner.to("meta")
 
 
 def call(model: PreTrainedModel, batch: dict[str, Any], device: torch.device, logits: bool) -> Callable[[], Tensor]:

@@ -17,6 +17,8 @@ from moekit.errors import BudgetError, OptionError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _M_MMAP_THRESHOLD = -3
+_DRIFT = 24 * 10**6
+"""How much more the same program may hold when it is started again with the cap that a message named."""
 SLACK = 96 * 10**6
 """Bytes set aside for what no estimate sees: Python objects, allocator fragments, thread stacks."""
 
@@ -100,12 +102,17 @@ class Cap:
         """
         if self.limit is None:
             return
-        smallest = max(rss() + need + SLACK, peak_rss())
-        if smallest > self.limit:
+        if max(rss() + need + SLACK, peak_rss()) > self.limit:
+            smallest = smallest_for(need)
             raise BudgetError(
                 f"a memory cap of {gigabytes(self.limit)} is too small: {what} needs {gigabytes(need)} beyond the "
                 f"{gigabytes(rss())} the program itself holds; the smallest cap that works is {gigabytes_up(smallest)}"
             )
+
+
+def smallest_for(need: int) -> int:
+    """The smallest cap under which ``need`` more bytes fit: what is resident now may differ a little the next time."""
+    return max(rss() + need + SLACK, peak_rss()) + _DRIFT
 
 
 def gigabytes_up(size: int) -> str:

@@ -16,7 +16,7 @@ from moekit.stream import _footprint as footprint
 from moekit.stream import memory
 from moekit.stream._anatomy import anatomy
 from moekit.stream._lockstep import Batch, walk
-from moekit.stream._skeleton import CheckpointSource, call, live_skeleton
+from moekit.stream._skeleton import CheckpointSource, call, forget, live_skeleton
 from moekit.stream._weights import Weights, keys_under
 
 logger = logging.getLogger(__name__)
@@ -164,8 +164,6 @@ class _Residency:
     def enter(self, stop: int) -> None:
         for module in list(self.here):
             self.weights.free(self.here.pop(module))
-        if stop < 0:
-            return
         if (future := self.coming.pop(stop, None)) is not None:
             future.result()
         else:
@@ -175,8 +173,8 @@ class _Residency:
             self.coming[stop + 1] = self.reader.submit(self.weights.load, following)
 
     def leave(self, stop: int) -> None:
-        if stop >= 0:
-            self.weights.free(self.owner._layer_keys[stop])
+        self.weights.free(self.owner._layer_keys[stop])
+        forget(self.owner.layers[stop])
         if self.owner.cap.limit is not None:
             memory.trim()
 
@@ -202,4 +200,4 @@ def smallest_cap(checkpoint: Checkpoint, batch: Batch | None = None, dtype: torc
         config = model.model.config
         need += footprint.parked_bytes(config, batch, model._itemsize)
         need += footprint.running_bytes(config, batch, model._itemsize, True)
-    return max(memory.rss() + need + memory.SLACK, memory.peak_rss())
+    return memory.smallest_for(need)
