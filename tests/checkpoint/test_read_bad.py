@@ -63,7 +63,7 @@ def test_unreadable_config(folder, text, message):
 
 def test_config_that_transformers_does_not_know(folder):
     edit(folder, model_type="a-new-one")
-    with pytest.raises(UnsupportedModelError, match="'a-new-one', which transformers .* does not know"):
+    with pytest.raises(UnsupportedModelError, match=r"'a-new-one', which transformers .* does not know"):
         _ = Checkpoint.open(folder).moe_layers
     edit(folder, model_type=None)
     with pytest.raises(CheckpointError, match="names no model_type"):

@@ -50,6 +50,22 @@ def test_banks_equal_the_live_ones_and_go_back_bit_for_bit(saved):
         assert all(torch.equal(tensor, checkpoint.read(name)) for name, tensor in back.items())
 
 
+def test_shared_experts_are_listed(saved):
+    _, model, checkpoint = saved
+    live = {block.name: block for block in blocks(model)}
+    paths = {id(module): path for path, module in model.named_modules()}
+    parameters = checkpoint.classified.parameters
+    listed = {parameters[name] for layer in checkpoint.moe_layers for name in layer.shared}
+    expected = {
+        f"{paths[id(module)]}.{name}"
+        for layer in checkpoint.moe_layers
+        for module in live[layer.name].shared
+        for name, _ in module.named_parameters()
+        if "shared" in paths[id(module)]
+    }
+    assert expected <= listed
+
+
 def test_a_subset_is_a_selection_and_reads_no_more(saved):
     _, _, checkpoint = saved
     layer = checkpoint.moe_layers[-1]

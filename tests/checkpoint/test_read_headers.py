@@ -62,7 +62,7 @@ def test_metadata_and_empty_tensors_are_fine():
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(CheckpointError, match="a.safetensors is missing"):
+    with pytest.raises(CheckpointError, match=r"a\.safetensors is missing"):
         read_header(tmp_path / "a.safetensors")
 
 

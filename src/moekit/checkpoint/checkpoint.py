@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTr
 
 from moekit.bank import Activation
 from moekit.checkpoint import banks, remote, resolve, skeleton
-from moekit.checkpoint.headers import TensorInfo, read_header
+from moekit.checkpoint.headers import TensorInfo, join_headers, read_header
 from moekit.checkpoint.layers import Classified, ExpertTensor, MoELayer, classify
 from moekit.checkpoint.reader import Reader
 from moekit.checkpoint.storage import Stored, group
@@ -270,25 +270,3 @@ class Checkpoint:
         from moekit.blocks import blocks
 
         return blocks(self.structure.model)
-
-
-def join_headers(
-    path: Path, headers: Mapping[str, Mapping[str, TensorInfo]], index: Mapping[str, str]
-) -> dict[str, TensorInfo]:
-    """All tensors of all files, checked against the index.
-
-    Raises:
-        CheckpointError: a name in two files, or one that the index places where it is not.
-    """
-    tensors: dict[str, TensorInfo] = {}
-    for file, infos in headers.items():
-        for name, info in infos.items():
-            if name in tensors:
-                raise CheckpointError(f"{path}: {name} is in both {tensors[name].file} and {file}")
-            tensors[name] = info
-    for name, file in index.items():
-        if name not in tensors or tensors[name].file != file:
-            raise CheckpointError(f"{path}: the index places {name} in {file}, which does not hold it")
-    if not tensors:
-        raise CheckpointError(f"{path}: its weight files hold no tensor")
-    return tensors

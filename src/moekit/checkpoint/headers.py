@@ -103,3 +103,25 @@ def _check_layout(infos: list[TensorInfo], file: str, start: int, size: int) -> 
         )
     if end < size:
         raise CheckpointError(f"{file} is corrupt: {size - end} bytes after the last tensor belong to none")
+
+
+def join_headers(
+    path: Path, headers: Mapping[str, Mapping[str, TensorInfo]], index: Mapping[str, str]
+) -> dict[str, TensorInfo]:
+    """All tensors of all files, checked against the index.
+
+    Raises:
+        CheckpointError: a name in two files, or one that the index places where it is not.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    for file, infos in headers.items():
+        for name, info in infos.items():
+            if name in tensors:
+                raise CheckpointError(f"{path}: {name} is in both {tensors[name].file} and {file}")
+            tensors[name] = info
+    for name, file in index.items():
+        if name not in tensors or tensors[name].file != file:
+            raise CheckpointError(f"{path}: the index places {name} in {file}, which does not hold it")
+    if not tensors:
+        raise CheckpointError(f"{path}: its weight files hold no tensor")
+    return tensors

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from moekit.checkpoint.extra import by_analogy, dots
 from moekit.checkpoint.names import EXPERT_INDEX, NameMap, Target
 from moekit.checkpoint.roles import Role
 from moekit.checkpoint.storage import Stored
@@ -16,6 +17,9 @@ from moekit.errors import UnsupportedModelError
 _SEVERAL = "ErnieFuseAndSplitTextVisionExperts"
 """The one conversion that deals a list of experts out to several modules, in equal runs."""
 _KNOWN = {"MergeModulelist", "Concatenate", "Transpose", "TransposeIfNeeded", "Interleave", "Chunk", "Canonical"}
+
+_SHARED = re.compile(r"\.shared?_")
+"""Shared experts lie beside the experts: ``shared_experts``, ``shared_expert_gate``, ``shared_mlp``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,11 @@ class _Found:
     rows: list[RowTensor] = field(default_factory=list)
     shared: list[str] = field(default_factory=list)
 
+    def extend(self, other: _Found) -> None:
+        self.experts += other.experts
+        self.rows += other.rows
+        self.shared += other.shared
+
 
 @dataclass(frozen=True)
 class Classified:
@@ -122,12 +131,25 @@ def classify(
     targets = {name: names.target(name) for name in sorted(stored, key=_natural)}
     parameters = {name: target.parameter for name, target in targets.items() if target.parameter in names}
     found: dict[str, _Found] = defaultdict(_Found)
+    owners = _owners(model.layers)
     for name in parameters:
-        _place(found, stored[name], shapes[name], targets[name], model)
+        _place(found, owners, stored[name], shapes[name], targets[name], model)
     layers = [_layer(model.layers[name], found[name], extra=False) for name in model.layers if name in found]
     unknown = [name for name in targets if name not in parameters]
-    extra_layers, extra = _extra(unknown, stored, shapes, targets, parameters, model)
-    return Classified((*layers, *extra_layers), parameters, extra)
+    extra = by_analogy(unknown, targets, parameters, model)
+    beyond: dict[str, _Found] = defaultdict(_Found)
+    for name, (key, like) in extra.items():
+        one: dict[str, _Found] = defaultdict(_Found)
+        _place(one, owners, stored[name], shapes[name], like, model)
+        for entry in one.values():
+            beyond[key].extend(entry)
+    last = list(model.layers.values())[-1]
+    layers += [
+        _layer(replace(last, name=key, layer=int(re.findall(r"\d+", key)[-1])), entry, extra=True)
+        for key, entry in beyond.items()
+        if entry.experts
+    ]
+    return Classified(tuple(layers), parameters, frozenset(unknown))
 
 
 def _with_counts(model: Structure, counts: Mapping[str, int]) -> Structure:
@@ -141,12 +163,29 @@ def _natural(name: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
 
 
-def _place(found: dict[str, _Found], stored: Stored, shape: tuple[int, ...], target: Target, model: Structure) -> None:
+def _owners(layers: Iterable[str]) -> dict[str, str]:
+    """The MoE layer that shared experts inside a module accompany: it, or the first inside that module."""
+    owners: dict[str, str] = {}
+    for name in layers:
+        for dot in (*dots(name), len(name)):
+            if re.search(r"\.\d+(\.|$)", name[:dot]):
+                owners.setdefault(name[:dot], name)
+    return owners
+
+
+def _place(
+    found: dict[str, _Found],
+    owners: Mapping[str, str],
+    stored: Stored,
+    shape: tuple[int, ...],
+    target: Target,
+    model: Structure,
+) -> None:
     """Enter one stored weight under the MoE layer it belongs to, if any."""
     role = model.roles.get(target.parameter)
     if role is None:
-        layer = next((name for name in model.layers if _is_shared(target.parameter, name)), None)
-        if layer is not None:
+        shared = _SHARED.search(target.parameter)
+        if shared and (layer := owners.get(target.parameter[: shared.start()])):
             found[layer].shared.extend(stored.tensors.values())
         return
     strange = set(target.operations) - _KNOWN - {_SEVERAL}
@@ -209,10 +248,6 @@ def _expected(role: Role, layer: LayerShape) -> tuple[int, int]:
     return (shape[1], shape[0]) if layer.transposed else shape
 
 
-def _is_shared(parameter: str, layer: str) -> bool:
-    return parameter.startswith(layer + ".") and re.search(r"(^|[._])shared?_", parameter[len(layer) :]) is not None
-
-
 def _layer(shape: LayerShape, found: _Found, *, extra: bool) -> MoELayer:
     return MoELayer(
         name=shape.name,
@@ -226,47 +261,3 @@ def _layer(shape: LayerShape, found: _Found, *, extra: bool) -> MoELayer:
         shared=tuple(found.shared),
         shape=shape,
     )
-
-
-def _extra(
-    unknown: Iterable[str],
-    stored: Mapping[str, Stored],
-    shapes: Mapping[str, tuple[int, ...]],
-    targets: Mapping[str, Target],
-    parameters: Mapping[str, str],
-    model: Structure,
-) -> tuple[list[MoELayer], frozenset[str]]:
-    """Prediction layers beyond the trunk, read by analogy: a tensor whose name ends as one of the last MoE layer's
-    does plays the part that one plays."""
-    last = list(model.layers.values())[-1]
-    experts = [n for n, p in parameters.items() if p in model.roles and model.roles[p].layer == last.name]
-    prefix = _through_index(experts[-1]) if experts else ""
-    trunk = _through_index(last.name)
-    tails = {name[len(prefix) :] for name in parameters if prefix and name.startswith(prefix)}
-    found: dict[str, _Found] = defaultdict(_Found)
-    extra: set[str] = set()
-    for name in unknown:
-        extra.add(name)
-        cut = next((i for i in _dots(name) if name[i:] in tails), None)
-        if cut is None:
-            continue
-        key = name[:cut] + last.name[len(trunk) :]
-        like = targets[prefix + name[cut:]]
-        one: dict[str, _Found] = defaultdict(_Found)
-        _place(one, stored[name], shapes[name], like, model)
-        for entry in one.values():
-            found[key].experts += entry.experts
-            found[key].rows += entry.rows
-            found[key].shared += entry.shared
-    shape = {key: replace(last, name=key, layer=int(re.findall(r"\d+", key)[-1])) for key in found}
-    return [_layer(shape[key], entry, extra=True) for key, entry in found.items() if entry.experts], frozenset(extra)
-
-
-def _through_index(name: str) -> str:
-    """A name up to its first number: ``model.layers.3`` of ``model.layers.3.mlp.experts.0.up_proj.weight``."""
-    match = re.match(r".*?\.\d+(?=\.|$)", name)
-    return match[0] if match else ""
-
-
-def _dots(name: str) -> Iterator[int]:
-    return (i for i, letter in enumerate(name) if letter == ".")

@@ -54,9 +54,9 @@ def fetch_headers(
     base = f"{_endpoint()}/{quote(hub_id)}/resolve/{quote(revision, safe='')}"
     config = _json(_get(f"{base}/config.json", hub_id), hub_id, "config.json")
     index_text = _get(f"{base}/{INDEX}", hub_id, absent_is_fine=True)
-    if index_text is None:
-        files, index = (SINGLE,), {}
-    else:
+    files: tuple[str, ...] = (SINGLE,)
+    index: dict[str, str] = {}
+    if index_text is not None:
         files, index = index_files(_json(index_text, hub_id, INDEX), Path(hub_id) / INDEX)
     try:
         return config, {file: _header(f"{base}/{quote(file)}", hub_id, file) for file in files}, index

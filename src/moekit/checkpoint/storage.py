@@ -6,29 +6,26 @@ the plain weight would be, so that everything else speaks of weights only.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-_COMPANIONS: tuple[tuple[str, str, str], ...] = (
-    (r"\.weight_scale_inv", ".weight", "scale_inv"),
-    (r"_scale_inv", "", "scale_inv"),
-    (r"\.weight_packed", ".weight", "packed"),
-    (r"\.weight_scale", ".weight", "scale"),
-    (r"\.weight_shape", ".weight", "shape"),
-    (r"\.weight_zero_point", ".weight", "zero_point"),
-    (r"\.weight_g_idx", ".weight", "g_idx"),
-    (r"\.weight_global_scale", ".weight", "global_scale"),
-    (r"\.input_scale", ".weight", "input_scale"),
-    (r"\.input_global_scale", ".weight", "input_global_scale"),
-    (r"_blocks", "", "blocks"),
-    (r"_scales", "", "scales"),
-    (r"\.qweight", "", "qweight"),
-    (r"\.scales", "", "qscales"),
-    (r"\.mins", "", "qmins"),
-)
-"""Ending of a companion's name, what it stands for in the plain weight's name, and its role."""
-_PATTERN = re.compile("|".join(f"(?P<r{i}>{ending}$)" for i, (ending, _, _) in enumerate(_COMPANIONS)))
+_LEAVES = {
+    "weight_scale_inv": ("weight", "scale_inv"),
+    "weight_packed": ("weight", "packed"),
+    "weight_scale": ("weight", "scale"),
+    "weight_shape": ("weight", "shape"),
+    "weight_zero_point": ("weight", "zero_point"),
+    "weight_g_idx": ("weight", "g_idx"),
+    "weight_global_scale": ("weight", "global_scale"),
+    "input_scale": ("weight", "input_scale"),
+    "input_global_scale": ("weight", "input_global_scale"),
+    "qweight": ("", "qweight"),
+    "scales": ("", "qscales"),
+    "mins": ("", "qmins"),
+}
+"""Last component of a companion's name: that of the plain weight's name ("" drops it), and the companion's role."""
+_ENDINGS = {"_scale_inv": "scale_inv", "_blocks": "blocks", "_scales": "scales"}
+"""Endings of companions of parameters that have no component of their own for them."""
 _CARRIERS = {"packed", "blocks", "qweight"}
 """Roles that hold a weight by themselves; the others only accompany one."""
 
@@ -51,12 +48,11 @@ def group(names: Iterable[str]) -> dict[str, Stored]:
     plain: dict[str, dict[str, str]] = {}
     companions: list[tuple[str, str, str]] = []
     for name in names:
-        match = _PATTERN.search(name)
-        if match is None:
+        companion = _companion(name)
+        if companion is None:
             plain[name] = {"weight": name}
-            continue
-        _, replacement, role = _COMPANIONS[int(str(match.lastgroup)[1:])]
-        companions.append((name[: match.start()] + replacement, role, name))
+        else:
+            companions.append((*companion, name))
     carried = {base for base, role, _ in companions if role in _CARRIERS}
     for base, role, name in companions:
         if base in carried or base in plain:
@@ -64,3 +60,15 @@ def group(names: Iterable[str]) -> dict[str, Stored]:
         else:
             plain[name] = {"weight": name}
     return {base: Stored(base, tensors) for base, tensors in plain.items()}
+
+
+def _companion(name: str) -> tuple[str, str] | None:
+    """(plain weight's name, role) if the name looks like a companion's."""
+    owner, _, leaf = name.rpartition(".")
+    if leaf in _LEAVES:
+        replacement, role = _LEAVES[leaf]
+        return (f"{owner}.{replacement}" if replacement else owner), role
+    for ending, role in _ENDINGS.items():
+        if leaf.endswith(ending):
+            return name.removesuffix(ending), role
+    return None

@@ -85,7 +85,8 @@ def _derive(config: PretrainedConfig) -> Structure:
     if not counts:
         raise CheckpointError(f"{kind} with this config is a dense model: none of its layers has experts")
     roles, counts, fixed_count = _feed_forward_only(roles, counts)
-    shapes = {name: _shape(model, name, count, roles) for name, count in counts.items()}
+    parts = _parts(model, roles)
+    shapes = {name: _shape(model, name, count, *parts[name]) for name, count in counts.items()}
     return Structure(model, roles, shapes, fixed_count)
 
 
@@ -104,22 +105,30 @@ def _feed_forward_only(
     return roles, counts, None
 
 
-def _shape(model: PreTrainedModel, name: str, count: int, roles: Mapping[str, Role]) -> LayerShape:
-    parts: dict[str, tuple[int, ...]] = {}
-    flipped: dict[str, bool] = {}
+_Parts = dict[str, tuple[int, ...]]
+
+
+def _parts(model: PreTrainedModel, roles: Mapping[str, Role]) -> dict[str, tuple[_Parts, bool]]:
+    """By layer: the shape of each part of one expert, and whether ``down`` lies the other way round than the rest."""
+    found: dict[str, tuple[_Parts, bool]] = {}
     parameters = model.state_dict()
-    for key, role in roles.items():
-        if role.layer == name and role.part != "row":
-            shape = tuple(parameters[key].shape)
+    for name, role in roles.items():
+        if role.part != "row":
+            parts, turned = found.get(role.layer, ({}, False))
+            shape = tuple(parameters[name].shape)
             parts[role.part] = shape if role.expert is not None else (role.rows, *shape[1:])[-2:]
-            flipped[role.part] = role.transposed
+            found[role.layer] = parts, turned or role.transposed
+    return found
+
+
+def _shape(model: PreTrainedModel, name: str, count: int, parts: _Parts, down_turned: bool) -> LayerShape:
     first = parts.get("gate_up") or parts.get("up") or ()
     down = parts.get("down", ())
     if len(first) != 2 or len(down) != 2:
         raise UnsupportedModelError(f"the experts of {name} are no pair of matrices (found {sorted(parts)})")
     module = _experts_module(model, name)
     transposed = bool(getattr(module, "is_transposed", False)) or _lies_transposed(parts)
-    hidden, inner = (down[1], down[0]) if transposed or flipped["down"] else (down[0], down[1])
+    hidden, inner = (down[1], down[0]) if transposed or down_turned else (down[0], down[1])
     rows = first[1] if transposed else first[0]
     if "gate_up" in parts and rows not in (inner, 2 * inner):
         raise UnsupportedModelError(f"the experts of {name} have shapes {first} and {down}, which do not fit together")
