@@ -64,7 +64,7 @@ def apply(
     """
     started = time.monotonic()
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
-    plan = plan if isinstance(plan, Plan) else Plan.load(plan)
+    plan = plan if isinstance(plan, Plan) else Plan.load(Path(plan))
     cap = memory.cap(max_ram)
     production = produce(checkpoint, plan, format, materialise)
     _check_loadable(checkpoint, production)

@@ -106,6 +106,19 @@ class Recording:
             yield Reader(file.parent, read_header(file)).read("logits")
 
 
+class Replay:
+    """The source itself as the reference, where nothing needs to outlive a crash: run again each time it is asked."""
+
+    model = None
+
+    def __init__(self, checkpoint: Checkpoint, text: Windows, *, device: str, max_ram: Cap) -> None:
+        self.text = text
+        self._open = lambda: open_model(checkpoint, device=device, max_ram=max_ram)
+
+    def forward(self, batches: Sequence[dict[str, Tensor]]) -> Iterator[Tensor]:
+        return self._open().forward(batches)
+
+
 def record_source(
     checkpoint: Checkpoint,
     recording: Recording,
@@ -121,7 +134,7 @@ def record_source(
 
 
 def divergence(
-    output: Checkpoint, recording: Recording, *, device: str = "auto", max_ram: Cap | None = None
+    output: Checkpoint, recording: Recording | Replay, *, device: str = "auto", max_ram: Cap | None = None
 ) -> Divergence:
     """The output against the recorded source: KL, top-1 agreement, bits per byte of both."""
     return compare(recording, open_model(output, device=device, max_ram=max_ram), recording.text)

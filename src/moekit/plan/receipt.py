@@ -6,6 +6,7 @@ not: times, memory, the layers that an interrupted run had already finished.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from collections.abc import Mapping
@@ -119,6 +120,7 @@ def accounts(
             "model_type": checkpoint.model_type,
             "fingerprint": checkpoint.fingerprint,
             "tensors": len(checkpoint.tensors),
+            "headers": _headers(checkpoint),
         },
         "plan": {"fingerprint": plan.fingerprint, "methods": list(plan.methods), "profile": plan.profile},
         "nbytes": {
@@ -138,6 +140,16 @@ def accounts(
         "dropped": dict(target.dropped),
         "output": {name: {**t._asdict(), "shape": list(t.shape)} for name, t in sorted(written.items())},
     }
+
+
+def _headers(checkpoint: Checkpoint) -> dict[str, str]:
+    """SHA-256 of each source file's safetensors header."""
+    found = {}
+    for file in sorted({info.file for info in checkpoint.tensors.values()}):
+        with (checkpoint.path / file).open("rb") as stream:
+            length = stream.read(8)
+            found[file] = hashlib.sha256(length + stream.read(int.from_bytes(length, "little"))).hexdigest()
+    return found
 
 
 def versions() -> dict[str, str]:
