@@ -129,6 +129,19 @@ def test_an_expert_without_its_weights(folder):
             call()
 
 
+def test_a_layer_without_its_experts(folder):
+    state = load_file(folder / "model.safetensors")
+    save_file({n: t for n, t in state.items() if f"{LAYER}.experts" not in n}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"no expert of {LAYER} is on disk .1 of 2 MoE layers are absent"):
+        _ = Checkpoint.open(folder).moe_layers
+
+
+def test_other_quantisation_methods(folder):
+    edit(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(UnsupportedModelError, match="quantised by gptq; moekit reads fp8, mxfp4"):
+        _ = Checkpoint.open(folder).moe_layers
+
+
 @pytest.mark.parametrize(("value", "kind"), [(float("nan"), "NaN"), (float("inf"), "infinite values")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nan_and_infinity_are_named(folder, value, kind, dtype):

@@ -158,18 +158,34 @@ def test_fp8_equals_transformers_own_decoder():
     weight = torch.randn(3, 64, 96).to(torch.float8_e4m3fn)
     scale = torch.rand(3, 4, 6)
     theirs = Fp8Dequantize(None)._dequantize_one(weight, scale, torch.float32)
-    assert torch.equal(decode.float8_blocks(weight, scale, (16, 16)), theirs)
+    assert torch.equal(decode.blocks(weight, scale, (16, 16)), theirs)
     bytes_ = torch.randint(100, 150, (3, 4, 6), dtype=torch.uint8)
     theirs = Fp8Dequantize(None)._dequantize_one(weight, bytes_, torch.float32)
-    assert torch.equal(decode.float8_blocks(weight, bytes_, (16, 16)), theirs)
+    assert torch.equal(decode.blocks(weight, bytes_, (16, 16)), theirs)
 
 
 def test_fp8_with_blocks_cut_at_the_edge():
     weight = torch.randn(20, 33).to(torch.float8_e4m3fn)
     scale = torch.rand(2, 3)
-    value = decode.float8_blocks(weight, scale, (16, 16))
+    value = decode.blocks(weight, scale, (16, 16))
     for row, column in ((0, 0), (15, 16), (16, 32), (19, 31)):
         assert value[row, column] == weight[row, column].float() * scale[row // 16, column // 16]
+
+
+def test_fp4_experts_with_scales_per_32_columns():
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    weight = torch.randint(-128, 128, (8, 32), dtype=torch.int8)
+    scale = torch.randint(110, 140, (8, 2), dtype=torch.uint8)
+    theirs = Fp8Dequantize(None)._dequantize_one(weight, scale, torch.float32)
+    assert torch.equal(decode.blocks(weight, scale), theirs)
+
+
+def test_a_grid_of_scales_that_fits_nothing():
+    with pytest.raises(
+        CheckpointError, match=r"scales \[3, 3\] do not fit a matrix \[20, 33\] in blocks of \(16, 16\)"
+    ):
+        decode.blocks(torch.zeros(20, 33).to(torch.float8_e4m3fn), torch.ones(3, 3), (16, 16))
 
 
 def test_mxfp4_equals_transformers_own_decoder():

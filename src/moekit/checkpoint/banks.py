@@ -24,6 +24,9 @@ from moekit.checkpoint.storage import Stored
 from moekit.errors import CheckpointError, OptionError, UnsupportedModelError
 from moekit.formats import DenseBank, _grid
 
+METHODS = ("fp8", "mxfp4", "compressed-tensors", "moekit")
+"""Quantisation methods whose layouts are read."""
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -31,6 +34,11 @@ class Scheme:
 
     config: Mapping[str, Any]
     dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        method = self.config.get("quant_method", METHODS[0])
+        if method not in METHODS:
+            raise UnsupportedModelError(f"this checkpoint is quantised by {method}; moekit reads {', '.join(METHODS)}")
 
     @property
     def block(self) -> tuple[int, int]:
@@ -69,7 +77,7 @@ def decode_parts(parts: Mapping[str, Tensor], scheme: Scheme, columns: int, wher
     if "g_idx" in parts or "global_scale" in parts:
         raise UnsupportedModelError("weights with activation ordering or global scales (NVFP4) are not read yet")
     if "scale_inv" in parts and parts["scale_inv"].dim() >= 2:
-        value = decode.float8_blocks(parts["weight"], parts["scale_inv"], scheme.block)
+        value = decode.blocks(parts["weight"], parts["scale_inv"], scheme.block)
     elif "blocks" in parts:
         value = decode.mxfp4(parts["blocks"], parts["scales"])
     elif "packed" in parts:

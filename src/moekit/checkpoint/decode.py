@@ -8,20 +8,43 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MXFP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+from moekit.errors import CheckpointError
+
+FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The eight magnitudes of FP4 E2M1 (OCP Microscaling Formats v1.0); bit 3 is the sign."""
 
 
-def float8_blocks(weight: Tensor, scale_inv: Tensor, block: tuple[int, int]) -> Tensor:
-    """FP8 with one scale per block of rows and columns: ``weight * scale_inv`` (DeepSeek-V3, section 3.3).
+FP4_BYTES = (torch.int8, torch.uint8, torch.float4_e2m1fn_x2)
+"""Dtypes in which two FP4 values share a byte."""
+
+
+def blocks(weight: Tensor, scale_inv: Tensor, block: tuple[int, int] = (128, 128)) -> Tensor:
+    """FP8 (or FP4, two a byte) with a scale per block of rows and columns (DeepSeek-V3, section 3.3):
+    ``weight * scale_inv``.
 
     ``scale_inv`` is [ceil(out / block rows), ceil(in / block columns)], in floats or as powers of two (E8M0, also
-    stored as bytes); the last blocks may be cut.
+    stored as bytes); the last blocks may be cut. A grid that ``block`` does not explain divides the matrix evenly.
+
+    Raises:
+        CheckpointError: a grid that does neither.
     """
-    rows, columns = weight.shape[-2:]
+    values = fp4(weight) if weight.dtype in FP4_BYTES else weight.to(torch.float32)
+    rows, columns = values.shape[-2:]
+    grid = tuple(scale_inv.shape[-2:])
+    if grid != (-(-rows // block[0]), -(-columns // block[1])):
+        if rows % grid[0] or columns % grid[1]:
+            raise CheckpointError(f"scales {list(grid)} do not fit a matrix [{rows}, {columns}] in blocks of {block}")
+        block = (rows // grid[0], columns // grid[1])
     scale = power_of_two(scale_inv) if scale_inv.dtype == torch.uint8 else scale_inv.to(torch.float32)
     scale = scale.repeat_interleave(block[0], -2)[..., :rows, :].repeat_interleave(block[1], -1)[..., :columns]
-    return weight.to(torch.float32) * scale
+    return values * scale
+
+
+def fp4(packed: Tensor) -> Tensor:
+    """FP4 E2M1 values, two a byte, low nibble first: the last axis doubles."""
+    table = torch.tensor([*FP4_VALUES, *(-value for value in FP4_VALUES)])
+    data = packed.view(torch.uint8)
+    return table[torch.stack([data & 0xF, data >> 4], -1).flatten(-2).long()]
 
 
 def scaled(weight: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
@@ -60,9 +83,7 @@ def unpack(words: Tensor, count: int, bits: int) -> Tensor:
 
 def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     """MXFP4 (gpt-oss): ``blocks`` uint8 [.., out, in / 32, 16], low nibble first; ``scales`` [.., out, in / 32]."""
-    table = torch.tensor([*MXFP4_VALUES, *(-value for value in MXFP4_VALUES)])
-    nibbles = torch.stack([blocks & 0xF, blocks >> 4], -1).flatten(-2)
-    return (table[nibbles.long()] * power_of_two(scales)[..., None]).flatten(-2)
+    return (fp4(blocks) * power_of_two(scales)[..., None]).flatten(-2)
 
 
 def power_of_two(exponents: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from moekit.checkpoint.names import EXPERT_INDEX, NameMap, Target
 from moekit.checkpoint.roles import Role
 from moekit.checkpoint.storage import Stored
 from moekit.checkpoint.structure import LayerShape, Structure
-from moekit.errors import UnsupportedModelError
+from moekit.errors import CheckpointError, UnsupportedModelError
 
 _SEVERAL = "ErnieFuseAndSplitTextVisionExperts"
 """The one conversion that deals a list of experts out to several modules, in equal runs."""
@@ -134,7 +134,8 @@ def classify(
     owners = _owners(model.layers)
     for name in parameters:
         _place(found, owners, stored[name], shapes[name], targets[name], model)
-    layers = [_layer(model.layers[name], found[name], extra=False) for name in model.layers if name in found]
+    _complain_of_absent(model, found)
+    layers = [_layer(model.layers[name], found[name], extra=False) for name in model.layers if found[name].experts]
     unknown = [name for name in targets if name not in parameters]
     extra = by_analogy(unknown, targets, parameters, model)
     beyond: dict[str, _Found] = defaultdict(_Found)
@@ -157,6 +158,17 @@ def _with_counts(model: Structure, counts: Mapping[str, int]) -> Structure:
         name: replace(shape, num_experts=counts.get(name, shape.num_experts)) for name, shape in model.layers.items()
     }
     return replace(model, layers=layers)
+
+
+def _complain_of_absent(model: Structure, found: Mapping[str, _Found]) -> None:
+    """Every MoE layer of the model has experts on disk, or shares those of another (tied weights)."""
+    tied = {model.roles[name].layer for name in model.model.all_tied_weights_keys if name in model.roles}
+    absent = [name for name in model.layers if name not in tied and not (name in found and found[name].experts)]
+    if absent:
+        raise CheckpointError(
+            f"no expert of {absent[0]} is on disk ({len(absent)} of {len(model.layers)} MoE layers are absent): "
+            "the checkpoint is incomplete, or its tensors are named in a way transformers does not know"
+        )
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 _LEAVES = {
     "weight_scale_inv": ("weight", "scale_inv"),
+    "scale": ("weight", "scale_inv"),
+    "qscale_weight": ("weight", "scale_inv"),
+    "activation_scale": ("weight", "input_scale"),
     "weight_packed": ("weight", "packed"),
     "weight_scale": ("weight", "scale"),
     "weight_shape": ("weight", "shape"),
