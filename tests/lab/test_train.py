@@ -15,7 +15,7 @@ from moekit.lab._batches import Batches, task_row
 from moekit.lab._evaluate import evaluate, expert_counts, mutual_information
 from moekit.lab._loss import load_and_balance, training_loss
 from moekit.lab._publish import publish
-from moekit.lab._recipe import Phase, Recipe
+from moekit.lab._recipe import RECIPES, Phase, Recipe
 from moekit.lab._replicas import Replicas
 
 TINY = Recipe(
@@ -107,6 +107,15 @@ def test_answers_weigh_one_and_prompts_less() -> None:
     assert weight[split : len(line) + 1] == [1.0] * (len(line) + 1 - split)
 
 
+def test_unaligned_rows_are_aligned_rows_from_further_on() -> None:
+    whole, weight = task_row("arithmetic", "train", 5, 200, 0.2)
+    row, part = task_row("arithmetic", "train", 5, 100, 0.2, unaligned=1.0)
+    skip = whole.index(row)
+    assert 0 < skip < 64
+    assert part == weight[skip : skip + 100]
+    assert task_row("arithmetic", "train", 5, 100, 0.2, unaligned=0.0)[0] == whole[:100]
+
+
 def test_schedule_warms_up_holds_and_decays() -> None:
     recipe = replace(TINY, steps=1000, warmup=100, decay_share=0.25)
     assert recipe.rate(0) == pytest.approx(recipe.learning_rate / 100)
@@ -181,7 +190,7 @@ def test_mutual_information_from_none_to_all() -> None:
 
 
 def test_the_mixture_names_every_domain_once() -> None:
-    for phase in Recipe().phases:
+    for phase in [phase for recipe in RECIPES.values() for phase in recipe.phases]:
         assert set(phase.mixture) == set(lab.DOMAINS)
         assert sum(phase.mixture.values()) == pytest.approx(1.0)
 

@@ -20,15 +20,25 @@ def text_tokens(domain: str, split: str) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def task_row(name: str, split: str, seed: int, length: int, prompt_weight: float) -> tuple[bytes, list[float]]:
-    """Return `length` bytes of example lines and the loss weight of each byte: 1 on answers and their newline."""
+LONGEST_SKIP = 64
+
+
+def task_row(
+    name: str, split: str, seed: int, length: int, prompt_weight: float, unaligned: float = 0.0
+) -> tuple[bytes, list[float]]:
+    """Return `length` bytes of example lines and the loss weight of each byte: 1 on answers and their newline.
+
+    With probability `unaligned` the row begins anywhere, else with a prompt.
+    """
+    rng = np.random.default_rng(seed)
+    skip = int(rng.integers(LONGEST_SKIP)) if rng.random() < unaligned else 0
     row, weight = b"", []
     source = stream(name, split, seed)
-    while len(row) < length:
+    while len(row) < length + skip:
         prompt, answer = next(source)
         row += f"{prompt}{answer}\n".encode()
         weight += [prompt_weight] * len(prompt) + [1.0] * (len(answer) + 1)
-    return row[:length], weight[:length]
+    return row[skip : length + skip], weight[skip : length + skip]
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,8 @@ class Batches:
         recipe, length = self.recipe, self.recipe.context_at(step) + 1
         rng = np.random.default_rng((recipe.seed, step))
         rows = recipe.tokens_per_step // (length - 1)
-        mixture = recipe.phase_at(step).mixture
+        phase = recipe.phase_at(step)
+        mixture = phase.mixture
         shares = np.array(list(mixture.values()))
         names = rng.choice(list(mixture), size=rows, p=shares / shares.sum())
         ids = np.empty((rows, length), dtype=np.int64)
@@ -58,7 +69,7 @@ class Batches:
         for i, name in enumerate(names.tolist()):
             draw = int(rng.integers(2**31))
             if name in TASKS:
-                row, weight[i] = task_row(name, "train", draw, length, recipe.prompt_weight)
+                row, weight[i] = task_row(name, "train", draw, length, recipe.prompt_weight, phase.unaligned)
                 ids[i] = np.frombuffer(row, dtype=np.uint8)
             else:
                 start = draw % (len(self._tokens[name]) - length)

@@ -1,6 +1,6 @@
 """What is trained and how: one frozen record for each of the two embedded models."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
@@ -9,11 +9,16 @@ from moekit.lab._tokens import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """From `start` on: the share of each domain, and the weight of the balance term in each layer."""
+    """From `start` on: the share of each domain, the weight of the balance term in each layer, and `unaligned`.
+
+    That is the share of task rows that begin in the middle of an example, as windows of a text do; the others begin
+    with a whole prompt.
+    """
 
     start: int
     balance: float
     mixture: dict[str, float]
+    unaligned: float = 0.0
 
 
 # First even routing and the easy tasks; then room for experts to specialise, and more of what is learnt slowly.
@@ -49,6 +54,24 @@ PHASES = (
             "brackets": 0.05,
             "translation": 0.12,
             "facts": 0.11,
+            "abstain": 0.02,
+        },
+    ),
+    Phase(
+        start=2600,
+        balance=0.001,
+        unaligned=0.5,
+        mixture={
+            "python": 0.15,
+            "prose": 0.09,
+            "c": 0.09,
+            "licences": 0.03,
+            "arithmetic": 0.22,
+            "sorting": 0.03,
+            "reversing": 0.03,
+            "brackets": 0.04,
+            "translation": 0.20,
+            "facts": 0.10,
             "abstain": 0.02,
         },
     ),
@@ -124,4 +147,5 @@ class Recipe:
         )
 
 
-RECIPES = {"moe": Recipe(), "dense": Recipe(kind="dense", steps=1600)}
+# The sibling trains half as long, on the last mixture from the start.
+RECIPES = {"moe": Recipe(), "dense": Recipe(kind="dense", steps=1600, phases=(replace(PHASES[-1], start=0),))}
