@@ -108,11 +108,12 @@ class View:
     def change_T(self) -> Tensor | None:
         """float64: max(0, 1 - cos(h, h + R)), h the residual stream entering the block, R the routed part alone.
 
-        In float64, since the cosine of a small update is 1 to within float32's precision.
+        In float64, since the cosine of a small update is 1 to within float32's precision. None where the stream cannot
+        be told, or the experts write to a narrower space that is projected onto it afterwards.
         """
-        if self.residual_TH is None:
+        if self.residual_TH is None or self._seen.routed_TH.shape[-1] != self.residual_TH.shape[-1]:
             return None
-        routed_TH, parts = self._real(self._seen.routed_TH.reshape(-1, self.residual_TH.shape[-1])), []
+        routed_TH, parts = self._real(self._seen.routed_TH), []
         for start in range(0, len(routed_TH), _ROWS):
             before = self.residual_TH[start : start + _ROWS].double()
             after = before + routed_TH[start : start + _ROWS].double()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ class Room:
         return HALVES, self.num_domains, len(PHASES)
 
 
+@runtime_checkable
 class Statistic(Protocol):
     """``observe`` is called once per batch; ``result`` once, after the last."""
 
