@@ -265,4 +265,4 @@ def _identities(block: MoEBlock, seen: Observation) -> Tensor:
 
 
 def _difference(one: Routing, other: Routing, block: MoEBlock) -> float:
-    return float((one.dense(block.num_experts) - other.dense(block.num_experts)).abs().max())
+    return float((one.dense(block.num_experts) - other.dense(block.num_experts)).detach().abs().max())

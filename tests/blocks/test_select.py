@@ -77,6 +77,23 @@ def test_blocks_left_out_and_blocks_that_are_not_there() -> None:
         select_experts(model, {"nowhere": [0]})
 
 
+def test_a_tower_with_counts_of_its_own_may_be_left_out() -> None:
+    from transformers import Dots3NoteConfig, Dots3NoteForConditionalGeneration
+
+    with torch.device("meta"):
+        model = Dots3NoteForConditionalGeneration(Dots3NoteConfig(text_config={"num_hidden_layers": 3}))
+    before = {block.name: block.num_experts for block in blocks(model)}
+    text = [name for name in before if "vision" not in name]
+    select_experts(model, {name: list(range(32)) for name in text})
+    after = {block.name: block.num_experts for block in blocks(model)}
+    assert {after[name] for name in text} == {32}
+    assert all(after[name] == count for name, count in before.items() if name not in text)
+    assert model.config.text_config.n_routed_experts == 32
+
+    with pytest.raises(PlanError, match="the named blocks have 4 to 32 experts: change one count at a time"):
+        select_experts(model, {name: [0, 1, 2] for name in after})
+
+
 def test_fewer_experts_than_top_k() -> None:
     model, _ = build("mixtral")
     with pytest.raises(PlanError, match="1 experts kept, but every token uses 2"):

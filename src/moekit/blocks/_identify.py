@@ -81,11 +81,13 @@ def identify(
 
 
 def fingerprint(module: nn.Module, parent: nn.Module, num_experts: int) -> Any:
-    """What decides a recipe: the class and its plain settings."""
-    plain = tuple(sorted((k, v) for k, v in vars(module).items() if isinstance(v, bool | int | float | str)))
+    """What decides a recipe: the class and its plain settings, but not the number of the layer."""
+
+    def plain(part: nn.Module, kinds: Any) -> tuple[Any, ...]:
+        return tuple(sorted((k, v) for k, v in vars(part).items() if isinstance(v, kinds) and "layer" not in k))
+
     shapes = tuple((k, tuple(t.shape)) for k, t in itertools.chain(module.named_parameters(), module.named_buffers()))
-    held = tuple(sorted((k, v) for k, v in vars(parent).items() if isinstance(v, bool | int | float)))
-    return type(module), plain, shapes, held, num_experts
+    return type(module), plain(module, bool | int | float | str), plain(parent, bool | int | float), shapes, num_experts
 
 
 def _double(module: nn.Module, num_experts: int) -> nn.Module:

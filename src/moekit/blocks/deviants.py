@@ -77,6 +77,16 @@ class SparseMixer(FamilyRouter):
     def build(cls, module: Any, parent: nn.Module, num_experts: int) -> SparseMixer:
         return cls(module, parent, num_experts, Recipe(top_k=module.top_k, ranked="logits"))
 
+    def select(self, logits_TE: Tensor, context: Context, bias: Tensor | None = None) -> Tensor:
+        # One maximum after another, as the family does: top-k breaks the ties of half precision in another way.
+        left = logits_TE if bias is None else logits_TE + bias.to(logits_TE)
+        chosen: list[Tensor] = []
+        for _ in range(self.recipe.top_k):
+            best, expert = left.max(dim=-1, keepdim=True)
+            chosen.append(expert.masked_fill(best == -math.inf, PAD))
+            left = left.scatter(1, expert, -math.inf)
+        return torch.cat(chosen, dim=1)
+
     def weigh(self, logits_TE: Tensor, expert_TK: Tensor, context: Context) -> Tensor:
         left, weights = logits_TE, []
         for expert in expert_TK.clamp(min=0).unbind(1):
@@ -117,7 +127,7 @@ class LogitsOnly(FamilyRouter):
     @classmethod
     def build(cls, module: nn.Module, parent: Any, num_experts: int) -> LogitsOnly:
         p = parent.moe_normalize_expert_weights
-        recipe = Recipe(top_k=parent.top_k, normalise=None if p is None else ("norm", float(p)))
+        recipe = Recipe(top_k=parent.top_k, normalise=None if p is None else ("norm", float(p)), widen=False)
         return cls(module, parent, num_experts, recipe)
 
     def logits(self, output: Any, x_TH: Tensor) -> Tensor:

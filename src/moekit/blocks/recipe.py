@@ -32,7 +32,8 @@ class Recipe:
     called ``bias_name`` is added. ``groups``: (number of groups, groups kept), scored by "top2" (sum of the two best)
     or "max"; experts outside the kept groups rank at ``fill``. ``weights``: "scores" of the chosen, or "softmax" over
     their logits alone. ``normalise``: None, ("sum", eps), ("clamp", least sum) or ("norm", p). ``scale`` multiplies
-    last, and with it the parameter called ``expert_scale``, one factor per expert.
+    last, and with it the parameter called ``expert_scale``, one factor per expert. ``widen``: scores are computed in
+    float32 at least, else in the dtype of the logits.
     """
 
     top_k: int
@@ -46,9 +47,11 @@ class Recipe:
     normalise: tuple[str, float] | None = None
     scale: float = 1.0
     expert_scale: str | None = None
+    widen: bool = True
 
     def scores(self, logits: Tensor) -> Tensor:
-        return ACTIVATIONS[self.activation](logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        dtype = torch.promote_types(logits.dtype, torch.float32) if self.widen else logits.dtype
+        return ACTIVATIONS[self.activation](logits.to(dtype))
 
     def select(self, logits: Tensor, bias: Tensor | None = None, edit: Tensor | None = None) -> Tensor:
         """Ids [T, K] of the highest ranked; PAD where only forbidden ones (-inf in logits or edit) were left.

@@ -21,6 +21,7 @@ from .groups import keep_groups
 
 def select_experts(model: nn.Module, keep: Mapping[str, Sequence[int]]) -> None:
     """Keep only the named experts of each block, in the order given; ``keep`` has a list for every block.
+    Blocks of another count (those of a vision tower, say) may be left out and stay as they are.
 
     Slices experts, router rows (classes beyond the experts stay), biases and token tables, and sets every count: on
     modules, on the model and in its configuration. Views from :func:`blocks` are stale afterwards.
@@ -30,7 +31,7 @@ def select_experts(model: nn.Module, keep: Mapping[str, Sequence[int]]) -> None:
             that do not exist or are named twice, uneven groups, a token table naming a removed expert, product keys
             that do not form a square.
     """
-    found = blocks(model, attention=True)
+    found = _concerned(blocks(model, attention=True), keep)
     _check(found, keep)
     kept = {name: list(experts) for name, experts in keep.items()}
     old, new = found[0].num_experts, len(kept[found[0].name])
@@ -52,6 +53,12 @@ def select_experts(model: nn.Module, keep: Mapping[str, Sequence[int]]) -> None:
         apply_numbers(model, numbers, old, new, groups)
 
 
+def _concerned(found: list[MoEBlock], keep: Mapping[str, Sequence[int]]) -> list[MoEBlock]:
+    """The blocks that share a count with those named; a tower with a count of its own may be left alone."""
+    counts = {block.num_experts for block in found if block.name in keep}
+    return [block for block in found if block.num_experts in counts] or found
+
+
 def _check(found: list[MoEBlock], keep: Mapping[str, Sequence[int]]) -> None:
     names = [block.name for block in found]
     if unknown := [name for name in keep if name not in names]:
@@ -70,6 +77,9 @@ def _check(found: list[MoEBlock], keep: Mapping[str, Sequence[int]]) -> None:
             raise PlanError(
                 f"{block.name}: {len(kept)} experts kept, but every token uses {block.top_k}: keep at least as many"
             )
+    counts = {block.num_experts for block in found}
+    if len(counts) > 1:
+        raise PlanError(f"the named blocks have {min(counts)} to {max(counts)} experts: change one count at a time")
     sizes = {len(keep[name]) for name in names}
     if len(sizes) > 1:
         raise PlanError(
