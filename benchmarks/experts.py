@@ -26,6 +26,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 import moekit
 from moekit.formats import DenseBank, PackedBank
 from moekit.kernels import PackedExperts
+from moekit.kernels._tiles import has_units
 
 SHAPES = (
     (2048, 1024, 64, 8, 1),
@@ -227,7 +228,7 @@ def machine(bandwidth: float) -> dict[str, Any]:
     if cpuinfo.exists():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
-    half = {d: moekit.kernels.plain.has_units(getattr(torch, d)) for d in ("bfloat16", "float16")}
+    half = {d: has_units(getattr(torch, d)) for d in ("bfloat16", "float16")}
     return {
         "cpu": model,
         "threads": torch.get_num_threads(),

@@ -15,8 +15,11 @@ from torch import Tensor
 from ..bank import Activation
 from ._plan import Plan
 
-FEW_ROWS = 4
-"""Rows per active expert below which the activation runs once over all experts: the calls cost more than the rows."""
+FEW_ROWS = 6
+"""Rows of an expert below which it shares the row-wise work with its neighbours."""
+
+SMALL = 2**20
+"""Outputs up to which all rows are kept and combined in one call; more rows than that no longer stay in the caches."""
 
 
 class Products(Protocol):
@@ -47,16 +50,14 @@ def forward(products: Products, x_TH: Tensor, index_TK: Tensor, weight_TK: Tenso
     """[T, H] in the dtype of ``x_TH``; sums are kept in the products' dtype, in a fixed order."""
     plan = Plan.of(index_TK, products.num_experts)
     x = x_TH.to(products.dtype(x_TH))
-    if plan.pair.numel() < FEW_ROWS * len(plan.segments) or not plan.segments:
-        return plan.combine(_together(products, x, plan), weight_TK).to(x_TH.dtype)
+    if plan.pair.numel() * x.shape[1] <= SMALL:
+        return plan.combine(_all_rows(products, x, plan), weight_TK).to(x_TH.dtype)
     weight = plan.weights(weight_TK, x.dtype)
     out = torch.zeros_like(x)
-    for expert, start, stop in plan.segments:
-        token = plan.token[start:stop]
-        rows = products.rows(expert, x.index_select(0, token))
-        if products.finish:
-            rows = products.finish(rows)
-        out.index_add_(0, token, rows.mul_(weight[start:stop]))
+    for chunk in plan.chunks(FEW_ROWS):
+        start, stop = chunk[0][1], chunk[-1][2]
+        rows = _rows(products, x, plan, chunk)
+        out.index_add_(0, plan.token[start:stop], rows.mul_(weight[start:stop]))
     return out.to(x_TH.dtype)
 
 
@@ -64,16 +65,27 @@ def slots(products: Products, x_TH: Tensor, index_TK: Tensor) -> Tensor:
     """Unweighted outputs [T, K, H] in the dtype of ``x_TH``; zero where a slot holds no expert."""
     plan = Plan.of(index_TK, products.num_experts)
     x = x_TH.to(products.dtype(x_TH))
-    rows_SH = _together(products, x, plan).to(x_TH.dtype)
-    return plan.scatter(rows_SH, *index_TK.shape)
+    return plan.scatter(_all_rows(products, x, plan).to(x_TH.dtype), *index_TK.shape)
 
 
-def _together(products: Products, x_TH: Tensor, plan: Plan) -> Tensor:
-    """Outputs [S, H] of all pairs, the activation applied to all experts at once."""
-    if not plan.segments:
-        return x_TH.new_zeros(0, x_TH.shape[1])
-    x_SH = x_TH if x_TH.shape[0] == plan.pair.numel() == 1 else x_TH.index_select(0, plan.token)
-    z_SG = torch.cat([products.up(e, x_SH[start:stop]) for e, start, stop in plan.segments])
-    h_SI = products.activation(z_SG)
-    rows = torch.cat([products.down(e, h_SI[start:stop]) for e, start, stop in plan.segments])
+def _all_rows(products: Products, x_TH: Tensor, plan: Plan) -> Tensor:
+    """Outputs [S, H] of all pairs, in the order of the plan."""
+    parts = [_rows(products, x_TH, plan, chunk) for chunk in plan.chunks(FEW_ROWS)]
+    return _joined(parts) if parts else x_TH.new_zeros(0, x_TH.shape[1])
+
+
+def _rows(products: Products, x_TH: Tensor, plan: Plan, chunk: list[tuple[int, int, int]]) -> Tensor:
+    """Outputs of one chunk, finished but not weighted."""
+    first, last = chunk[0][1], chunk[-1][2]
+    x = x_TH if x_TH.shape[0] == last - first == 1 else x_TH.index_select(0, plan.token[first:last])
+    if len(chunk) == 1:
+        rows = products.rows(chunk[0][0], x)
+    else:
+        z = _joined([products.up(e, x[start - first : stop - first]) for e, start, stop in chunk])
+        h = products.activation(z)
+        rows = _joined([products.down(e, h[start - first : stop - first]) for e, start, stop in chunk])
     return products.finish(rows) if products.finish else rows
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

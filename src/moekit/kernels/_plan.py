@@ -5,11 +5,15 @@ Shapes by suffix: T tokens, K slots, S pairs that hold an expert, E experts, H h
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+CHUNK = 128
+"""Rows that share the row-wise work: their pre-activations stay in a second-level cache."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,24 @@ class Plan:
                 segments.append((expert, row, row + 1))
         pair = torch.tensor([k for _, k in used], dtype=torch.long)
         return cls(pair, torch.zeros_like(pair), segments)
+
+    def chunks(self, few: int) -> Iterator[list[tuple[int, int, int]]]:
+        """The segments in order: neighbours of fewer than ``few`` rows together (up to CHUNK rows), others alone.
+
+        What is done row by row is done once per chunk: for a few rows the call costs more than the work.
+        """
+        chunk: list[tuple[int, int, int]] = []
+        for segment in self.segments:
+            _, start, stop = segment
+            if chunk and (stop - start >= few or stop - chunk[0][1] > CHUNK):
+                yield chunk
+                chunk = []
+            chunk.append(segment)
+            if stop - start >= few:
+                yield chunk
+                chunk = []
+        if chunk:
+            yield chunk
 
     def weights(self, weight_TK: Tensor, dtype: torch.dtype) -> Tensor:
         """Combine weights [S, 1] in the order of the plan."""

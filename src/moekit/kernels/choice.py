@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from ._layer import Layer
+from ._tiles import has_units
 from .packed_experts import PackedExperts
-from .plain import PlainProducts, has_units
+from .plain import PlainProducts
 from .prepare import experts_modules, unfit
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ..errors import OptionError, UnsupportedModelError
 from ._drive import forward
 from ._layer import Layer, is_decorated
+from ._tiles import has_units
 from .experts import NAME
 from .packed_experts import PackedExperts
-from .plain import has_units
 from .prepacked import SMALLEST, Int8Products, ReorderedProducts, has_int8, has_reorder
 
 

@@ -21,7 +21,10 @@ from torch.autograd.function import once_differentiable
 from ..bank import SILU_MUL, Activation
 from ._layer import Layer
 from ._plan import Plan
-from .plain import has_units
+from ._tiles import Tiles
+
+FEW_ROWS = 64
+"""Rows of an expert below which it shares the row-wise work with its neighbours."""
 
 
 def train(layer: Layer, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
@@ -62,20 +65,27 @@ class _Experts(torch.autograd.Function):
         gate_up_bias: Tensor | None,
         down_bias: Tensor | None,
     ) -> Tensor:
-        plan = Plan.of(index_TK, down.shape[0])
-        wide = _compute_dtype(down)
-        x = x_TH.to(wide)
-        weight = plan.weights(weight_TK, wide)
+        plan, tiles = Plan.of(index_TK, down.shape[0]), Tiles(down)
+        x = x_TH.to(tiles.dtype)
+        weight = plan.weights(weight_TK, x.dtype)
         z_SG = down.new_empty(plan.pair.numel(), gate_up.shape[1])
         out = torch.zeros_like(x)
-        for e, start, stop in plan.segments:
-            token = plan.token[start:stop]
-            z = _linear(x.index_select(0, token), gate_up[e], gate_up_bias, e)
-            z_SG[start:stop] = z
-            hidden = activation(z).mul_(weight[start:stop])
-            rows = torch.mm(hidden, down[e].to(wide).t())
-            if down_bias is not None:
-                rows.addcmul_(weight[start:stop], down_bias[e].to(wide))
+        for chunk in plan.chunks(FEW_ROWS):
+            first, last = chunk[0][1], chunk[-1][2]
+            token, w = plan.token[first:last], weight[first:last]
+            x_c, z = x.index_select(0, token), z_SG[first:last]
+            z = x.new_empty(z.shape) if tiles.converts else z
+            for e, start, stop in chunk:
+                own = slice(start - first, stop - first)
+                tiles.linear(x_c[own], gate_up[e], None if gate_up_bias is None else gate_up_bias[e], z[own])
+            if tiles.converts:
+                z_SG[first:last] = z
+            hidden, rows = activation(z) * w, torch.empty_like(x_c)
+            for e, start, stop in chunk:
+                own = slice(start - first, stop - first)
+                tiles.linear(hidden[own], down[e], None, rows[own])
+                if down_bias is not None:
+                    rows[own].addcmul_(w[own], down_bias[e].to(x.dtype))
             out.index_add_(0, token, rows)
         ctx.save_for_backward(x_TH, weight_TK, z_SG, gate_up, down, gate_up_bias, down_bias, plan.pair)
         ctx.segments, ctx.activation = plan.segments, activation
@@ -86,29 +96,39 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_TH, weight_TK, z_SG, gate_up, down, gate_up_bias, down_bias, pair = ctx.saved_tensors
         plan = Plan(pair, pair // weight_TK.shape[1], ctx.segments)
-        wide = _compute_dtype(down)
+        tiles = Tiles(down)
+        wide = tiles.dtype
         x, dout = x_TH.to(wide), grads[0].to(wide)
         weight = plan.weights(weight_TK, wide)
         dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         dweight = torch.zeros(weight_TK.numel(), dtype=wide, device=x.device)
         banks = (gate_up, down, gate_up_bias, down_bias)
         wanted = [t if need else None for t, need in zip(banks, ctx.needs_input_grad[4:], strict=True)]
-        into = _Gradients(*wanted, active=[e for e, _, _ in plan.segments])
-        for e, start, stop in plan.segments:
-            token, w = plan.token[start:stop], weight[start:stop]
-            dy = dout.index_select(0, token)
-            dwh = torch.mm(dy, down[e].to(wide))
-            hidden, dz = _through(ctx.activation, z_SG[start:stop].to(wide), dwh, w)
+        into = _Gradients(tiles, wanted, active=[e for e, _, _ in plan.segments])
+        for chunk in plan.chunks(FEW_ROWS):
+            first, last = chunk[0][1], chunk[-1][2]
+            token, w = plan.token[first:last], weight[first:last]
+            dy, x_c = dout.index_select(0, token), x.index_select(0, token)
+            dwh, dx_c = x.new_empty(last - first, down.shape[2]), torch.empty_like(x_c)
+            for e, start, stop in chunk:
+                own = slice(start - first, stop - first)
+                tiles.back(dy[own], down[e], dwh[own])
+            hidden, dz = _through(ctx.activation, z_SG[first:last].to(wide), dwh, w)
             dw = (dwh * hidden).sum(1)
-            if down_bias is not None:
-                dw += torch.mv(dy, down_bias[e].to(wide))
-                into.bias(3, e, torch.mv(dy.t(), w[:, 0]))
-            dweight[plan.pair[start:stop]] = dw
-            into.product(1, e, dy, hidden.mul_(w))
-            into.bias(2, e, dz.sum(0))
-            into.product(0, e, dz, x.index_select(0, token))
+            hidden.mul_(w)
+            for e, start, stop in chunk:
+                own = slice(start - first, stop - first)
+                if down_bias is not None:
+                    dw[own] += torch.mv(dy[own], down_bias[e].to(wide))
+                    into.bias(3, e, dy[own] * w[own])
+                into.product(1, e, dy[own], hidden[own])
+                into.bias(2, e, dz[own])
+                into.product(0, e, dz[own], x_c[own])
+                if dx is not None:
+                    tiles.back(dz[own], gate_up[e], dx_c[own])
+            dweight[plan.pair[first:last]] = dw
             if dx is not None:
-                dx.index_add_(0, token, torch.mm(dz, gate_up[e].to(wide)))
+                dx.index_add_(0, token, dx_c)
         dx = None if dx is None else dx.to(x_TH.dtype)
         return dx, dweight.view_as(weight_TK).to(weight_TK.dtype), None, None, *into.tensors
 
@@ -116,26 +136,23 @@ class _Experts(torch.autograd.Function):
 class _Gradients:
     """Gradients of the stacked weights: every active expert written once, the others zeroed."""
 
-    def __init__(self, *weights: Tensor | None, active: list[int]) -> None:
+    def __init__(self, tiles: Tiles, weights: list[Tensor | None], active: list[int]) -> None:
+        self.tiles = tiles
         self.tensors = [None if w is None else torch.empty_like(w) for w in weights]
         for tensor in self.tensors:
-            idle = set(range(0 if tensor is None else len(tensor))).difference(active)
-            if tensor is not None and idle:
-                tensor.index_fill_(0, torch.tensor(sorted(idle), device=tensor.device), 0)
+            for idle in set(range(0 if tensor is None else len(tensor))).difference(active):
+                assert tensor is not None
+                tensor[idle].zero_()
 
     def product(self, which: int, expert: int, dout_MN: Tensor, in_MK: Tensor) -> None:
         target = self.tensors[which]
-        if target is None:
-            return
-        if target.dtype == dout_MN.dtype:
-            torch.mm(dout_MN.t(), in_MK, out=target[expert])
-        else:
-            target[expert] = torch.mm(dout_MN.t(), in_MK)
+        if target is not None:
+            self.tiles.outer(target[expert], dout_MN, in_MK)
 
-    def bias(self, which: int, expert: int, value_N: Tensor) -> None:
+    def bias(self, which: int, expert: int, rows_MN: Tensor) -> None:
         target = self.tensors[which]
         if target is not None:
-            target[expert] = value_N
+            target[expert] = rows_MN.sum(0)
 
 
 def _through(activation: Activation, z_MG: Tensor, dwh_MI: Tensor, weight_M1: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,15 +171,3 @@ def _through(activation: Activation, z_MG: Tensor, dwh_MI: Tensor, weight_M1: Te
         hidden = activation(z)
         (dz,) = torch.autograd.grad(hidden, z, dh)
     return hidden.detach(), dz
-
-
-def _compute_dtype(weight: Tensor) -> torch.dtype:
-    """float32 where a CPU has no units for the weights' half precision: several times faster there, and exact."""
-    if weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16) and not has_units(weight.dtype):
-        return torch.float32
-    return weight.dtype
-
-
-def _linear(x_MK: Tensor, weight_NK: Tensor, bias_EN: Tensor | None, expert: int) -> Tensor:
-    bias = None if bias_EN is None else bias_EN[expert].to(x_MK.dtype)
-    return F.linear(x_MK, weight_NK.to(x_MK.dtype), bias)
