@@ -20,10 +20,10 @@ from .groups import keep_groups
 
 
 def select_experts(model: nn.Module, keep: Mapping[str, Sequence[int]]) -> None:
-    """Keep only the named experts of each block, in the order given; ``keep`` has a list for every block.
-    Blocks of another count (those of a vision tower, say) may be left out and stay as they are.
+    """Keep only the named experts of each block, in the order given.
 
-    Slices experts, router rows (classes beyond the experts stay), biases and token tables, and sets every count: on
+    ``keep`` has a list for every block that shares the count, by ``MoEBlock.name``; blocks of another count (those of a
+    vision tower, say) may be left out and stay as they are. Slices experts, router rows (classes beyond the experts stay), biases and token tables, and sets every count: on
     modules, on the model and in its configuration. Views from :func:`blocks` are stale afterwards.
 
     Raises:
@@ -67,6 +67,9 @@ def _check(found: list[MoEBlock], keep: Mapping[str, Sequence[int]]) -> None:
         raise PlanError(
             f"no list of experts for {missing[0]}: the stock format has one count for all blocks, so each needs a list"
         )
+    counts = {block.num_experts for block in found}
+    if len(counts) > 1:
+        raise PlanError(f"the named blocks have {min(counts)} to {max(counts)} experts: change one count at a time")
     for block in found:
         kept = list(keep[block.name])
         if len(set(kept)) != len(kept):
@@ -77,9 +80,6 @@ def _check(found: list[MoEBlock], keep: Mapping[str, Sequence[int]]) -> None:
             raise PlanError(
                 f"{block.name}: {len(kept)} experts kept, but every token uses {block.top_k}: keep at least as many"
             )
-    counts = {block.num_experts for block in found}
-    if len(counts) > 1:
-        raise PlanError(f"the named blocks have {min(counts)} to {max(counts)} experts: change one count at a time")
     sizes = {len(keep[name]) for name in names}
     if len(sizes) > 1:
         raise PlanError(
