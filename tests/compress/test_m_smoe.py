@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from moekit.compress import method
-from moekit.compress.m_smoe import dominant, merged
+from moekit.compress.m_smoe import dominant
 from moekit.formats import DenseBank
+from moekit.plan.merge import merged
 from moekit.plan.recombine import recombined
 
 NAME = "model.layers.0.mlp"
@@ -39,7 +40,7 @@ def test_permuted_copies_merge_losslessly_only_when_aligned(model, profile, alig
 
 
 def test_usage_weights_and_unused_members() -> None:
-    layer = merged(np.array([0, 0, 0, 3, 3]), np.array([0.6, 0.2, 0.0, 0.0, 0.0]), None)
+    layer = merged(np.array([0, 0, 0, 3, 3]), np.array([0.6, 0.2, 0.0, 0.0, 0.0]), None, "why")
     assert [source for source, _ in layer.experts[0].parts] == [0, 1]
     assert [weight for _, weight in layer.experts[0].parts] == pytest.approx([0.75, 0.25])
     assert layer.experts[1].parts == ((3, 0.5), (4, 0.5))

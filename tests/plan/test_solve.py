@@ -32,7 +32,7 @@ def cost(name: str, drop, rough, site: Site | None = None) -> LayerCost:
     drop = np.asarray(drop, float)
     noise = {(16, 64): np.zeros(len(drop)), (8, 64): np.asarray(rough) * 0.01, (4, 64): np.asarray(rough)}
     site = site or Site(name, len(drop), 2)
-    return LayerCost(site, drop, noise, BYTES, 1, {"output energy": drop, "reversed": -drop})
+    return LayerCost(site, drop, noise, BYTES, 1, {"output energy": drop, "reversed": -drop}, drop, np.eye(len(drop)))
 
 
 def weights(costs, drop: float = 1.0, noise: float = 1.0) -> Weights:

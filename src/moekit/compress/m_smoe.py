@@ -5,7 +5,7 @@ Method: usage f[e] = count(e) / sum of counts. Hidden units of every expert are 
     Dominant: the most used expert of each layer, and all with f above the (M * L)-th largest of all layers.
     The others join the dominant expert whose column of router logits has the highest cosine with theirs.
     W_group = sum f[e] W_e / sum f[e]; every member's router row stays and calls the merged expert.
-Uses: algebra.align, algebra.cluster, compress._select
+Uses: algebra.align, algebra.cluster, plan.merge, compress._select
 Differs: the training stage that follows in the paper (distillation) is not part of the plan.
 Claim: up to 80 % less memory at nearly no loss on 8 tasks, after distillation; without it, large models suffer.
 Shown: not tried
@@ -21,7 +21,8 @@ import numpy as np
 
 from moekit.algebra import align, assign_to_leaders, cosine_of_gram
 from moekit.compress._select import check_keep, count_to_keep
-from moekit.plan.document import LayerPlan, Permutation, Plan, StoredExpert
+from moekit.plan.document import Plan
+from moekit.plan.merge import merged
 from moekit.plan.planner import Evaluate, Method, Source, sites_of
 
 if TYPE_CHECKING:
@@ -49,10 +50,12 @@ class MSmoe(Method):
         for name, site in sites.items():
             similarity_EE = cosine_of_gram(seen[name].logit_gram)
             leader_E = assign_to_leaders(similarity_EE, leaders[name])
-            orders = (
-                align(source.bank(name)).numpy() if self.aligned and site.num_experts > len(leaders[name]) else None
-            )
-            layers[name] = merged(leader_E, usage[name], orders)
+            orders = None
+            if self.aligned and site.num_experts > len(leaders[name]):
+                orders = dict(enumerate(align(source.bank(name)).numpy()))
+            count = len(leaders[name])
+            why = f"merges {site.num_experts} experts into {count} by routing similarity, weighted by usage"
+            layers[name] = merged(leader_E, usage[name], orders, why)
         return self.made(layers, profile, source)
 
 
@@ -68,31 +71,6 @@ def dominant(usage: Mapping[str, np.ndarray], budget: int) -> dict[str, list[int
     ranked = np.sort(np.concatenate(list(raised.values())))[::-1]
     threshold = ranked[min(budget, len(ranked)) - 1] if budget < len(ranked) else -1.0
     return {name: np.flatnonzero((share_E > threshold) | (share_E == 1.0)).tolist() for name, share_E in raised.items()}
-
-
-def merged(leader_E: np.ndarray, share_E: np.ndarray, orders: np.ndarray | None) -> LayerPlan:
-    """One stored expert per leader, the usage-weighted mean of its group; all router rows stay.
-
-    Members that no token chose weigh nothing and are left out, unless the whole group is unused: then all weigh alike.
-    """
-    leaders = sorted(set(leader_E.tolist()))
-    experts = []
-    for leader in leaders:
-        members = np.flatnonzero(leader_E == leader)
-        used = members[share_E[members] > 0]
-        members = used if len(used) else members
-        weight = share_E[members] if len(used) else np.ones(len(members))
-        parts = tuple((int(e), float(w)) for e, w in zip(members, weight / weight.sum(), strict=True))
-        turned = orders is not None and len(parts) > 1
-        order = tuple(_order(orders[e]) for e in members) if turned and orders is not None else ()
-        experts.append(StoredExpert(parts, orders=order if any(order) else ()))
-    slots = [leaders.index(leader) for leader in leader_E.tolist()]
-    why = f"merges {len(leader_E)} experts into {len(leaders)} by routing similarity, weighted by usage"
-    return LayerPlan.aliased(experts, slots, why=why)
-
-
-def _order(order_I: np.ndarray) -> Permutation | None:
-    return None if np.array_equal(order_I, np.arange(len(order_I))) else Permutation.of(order_I)
 
 
 def _shares(count_E: np.ndarray) -> np.ndarray:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
+from moekit.algebra import alignment, assign_to_leaders
+from moekit.formats import DenseBank
 from moekit.plan.cost import WHOLE, LayerCost, Precision
 from moekit.plan.document import Plan
+from moekit.plan.layer import LayerPlan
+from moekit.plan.merge import merged, redirected
 from moekit.plan.solve import Point, Weights, counts_allowed, layer_plan, solve, uniform
 
 BELIEFS = (1.0, 0.25, 4.0)
 """How much worse or better dropping may be, against rounding, than the costs say."""
 SINGLE: tuple[Precision, ...] = (WHOLE, (8, 64), (8, 128), (4, 64), (4, 128), (3, 64), (2, 64))
+ALIGNED_UNITS = 2048
+"""Wider experts are not merged: finding the order of so many hidden units takes too long."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,37 @@ def distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
         key = tuple(tuple(layer.experts) for layer in one.plan.layers.values())
         seen.setdefault(key, one)
     return list(seen.values())
+
+
+def rows_kept(one: Candidate, costs: Sequence[LayerCost], bank: Callable[[str], DenseBank]) -> Iterator[Candidate]:
+    """A plan that drops experts, in two other ways of the same size: their router rows stay and call the kept expert
+    of most similar routing, which is left as it is, or becomes the usage-weighted mean of all it stands for."""
+    if not any(layer.dropped for layer in one.plan.layers.values()):
+        return
+    sent: dict[str, LayerPlan] = {}
+    mixed: dict[str, LayerPlan] = {}
+    for cost in costs:
+        layer = one.plan.layers[cost.site.name]
+        if cost.similarity is None or len(layer.sources) != len(layer.experts):
+            return
+        leader_E = assign_to_leaders(cost.similarity, sorted(layer.sources))
+        sent[cost.site.name] = redirected(layer, leader_E, layer.why)
+        experts = bank(cost.site.name)
+        if experts.intermediate_size > ALIGNED_UNITS:
+            mixed = {}
+            break
+        orders = {
+            e: alignment(experts.expert(leader), experts.expert(e)).numpy()
+            for e, leader in enumerate(leader_E.tolist())
+            if e != leader and cost.usage[e] > 0
+        }
+        made = merged(leader_E, cost.usage, orders, layer.why)
+        mixed[cost.site.name] = made.with_bits([e.bits for e in layer.experts], [e.group_size for e in layer.experts])
+    for how, layers in (("dropped rows sent to the most similar expert", sent), ("dropped experts merged", mixed)):
+        if len(layers) == len(costs):
+            name = f"{one.name}, {how}"
+            plan = replace(one.plan, layers=layers, methods=(f"fit: {name}",))
+            yield replace(one, name=name, plan=plan, measured=None)
 
 
 def rival(name: str, plan: Plan) -> Candidate:

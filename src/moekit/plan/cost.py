@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from moekit.algebra import cosine_of_gram
 from moekit.bank import ExpertWeights
 from moekit.formats import DenseBank, PackedBank, packed_nbytes
 from moekit.plan.planner import Site
@@ -44,7 +45,8 @@ SAMPLED_EXPERTS, SAMPLED_TOKENS, SAMPLED_WEIGHTS = 4, 64, 32_000_000
 @dataclass(frozen=True)
 class LayerCost:
     """One layer: ``drop`` [E] and ``noise[precision]`` [E] in disturbance, ``nbytes[precision]`` of one stored expert,
-    ``scores`` [E] by the name of the ranking, ``row_nbytes`` of one router row of the output."""
+    ``scores`` [E] by the name of the ranking, ``row_nbytes`` of one router row of the output. For merging: ``usage``
+    [E] and the ``similarity`` [E, E] of router logits, None where the profile has none."""
 
     site: Site
     drop: np.ndarray
@@ -52,6 +54,8 @@ class LayerCost:
     nbytes: Mapping[Precision, int]
     row_nbytes: int
     scores: Mapping[str, np.ndarray]
+    usage: np.ndarray
+    similarity: np.ndarray | None
 
 
 def layer_cost(
@@ -67,7 +71,10 @@ def layer_cost(
     energy_E = seen.total("output_energy")
     share_E = energy_E / max(_stream_energy(seen, energy_E), 1e-30)
     if weights:
-        error = rounding_errors(checkpoint.bank(layer.name), precisions, _inputs(seen))
+        tried = tried_experts(layer)
+        found = rounding_errors(checkpoint.bank(layer.name, experts=tried), precisions, _inputs(seen))
+        whole = len(tried) == layer.num_experts
+        error = {p: e if whole else np.full(layer.num_experts, e.mean()) for p, e in found.items()}
     else:
         error = {p: np.full(layer.num_experts, expected_error(*p)) for p in precisions}
     return LayerCost(
@@ -77,6 +84,8 @@ def layer_cost(
         nbytes=expert_nbytes(checkpoint, layer, precisions),
         row_nbytes=row_nbytes(checkpoint, layer),
         scores=rankings(seen),
+        usage=seen.total("counts"),
+        similarity=cosine_of_gram(seen.logit_gram) if "logit_gram" in seen.arrays else None,
     )
 
 
@@ -125,24 +134,25 @@ def rounding_errors(
     bank: DenseBank, precisions: Sequence[Precision], x_TH: torch.Tensor | None = None
 ) -> dict[Precision, np.ndarray]:
     """Squared relative error [E] of each expert's output when its weights are rounded, on inputs x_TH (or noise)."""
-    count = bank.num_experts
-    step = 1
-    if bank.gate_up.numel() + bank.down.numel() > SAMPLED_WEIGHTS and count > SAMPLED_EXPERTS:
-        step = count // SAMPLED_EXPERTS
-    tried = list(range(0, count, step))
-    some = bank.select(tried)
-    some = replace(some, **{name: tensor.float() for name, tensor in some.tensors().items()})
+    bank = replace(bank, **{name: tensor.float() for name, tensor in bank.tensors().items()})
     if x_TH is None:
         x_TH = torch.randn(SAMPLED_TOKENS, bank.hidden_size, generator=torch.Generator().manual_seed(0))
-    before = [_output(some, e, x_TH) for e in range(len(tried))]
+    experts = range(bank.num_experts)
+    before = [_output(bank, e, x_TH) for e in experts]
     errors = {}
     for precision in precisions:
-        error = np.zeros(len(tried))
-        if precision[0] != 16:
-            rounded = PackedBank.quantise(some, *precision).dequantise()
-            error = np.array([_relative(_output(rounded, e, x_TH), y) for e, y in enumerate(before)])
-        errors[precision] = error if step == 1 else np.full(count, error.mean())
+        rounded = PackedBank.quantise(bank, *precision).dequantise()
+        errors[precision] = np.array([_relative(_output(rounded, e, x_TH), before[e]) for e in experts])
     return errors
+
+
+def tried_experts(layer: MoELayer) -> list[int]:
+    """The experts whose rounding is tried: all of a small layer, a few spread over a large one."""
+    shape = layer.shape
+    size = (3 if shape.gated else 2) * shape.hidden_size * shape.intermediate_size
+    if size * layer.num_experts <= SAMPLED_WEIGHTS:
+        return list(range(layer.num_experts))
+    return np.linspace(0, layer.num_experts - 1, min(SAMPLED_EXPERTS, layer.num_experts)).astype(int).tolist()
 
 
 def expected_error(bits: int, group: int) -> float:

@@ -56,7 +56,7 @@ def levers(fit: FitResult) -> tuple[str, ...]:
 
 def _loss(predicted: float, measured: float | None) -> str:
     if predicted != predicted:  # another method's plan: only measured
-        return f"measured {measured:.4f} nats per token" if measured is not None else "not predicted"
+        return f"measured {measured:.2g} nats per token" if measured is not None else "not predicted"
     unit = "nats per token" if measured is not None else "(relative units: nothing was run to calibrate it)"
-    said = f"predicted {predicted:.4f} {unit}"
-    return said if measured is None else f"{said}, measured {measured:.4f} on calibration tokens"
+    said = f"predicted {predicted:.2g} {unit}"
+    return said if measured is None else f"{said}, measured {measured:.2g} on calibration tokens"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from moekit.errors import BudgetError
 from moekit.plan.budget import Budget, Size, budget_of
 from moekit.plan.calibrate import best_ranking, calibrated, rescaled, unit_weights
-from moekit.plan.candidates import Candidate, distinct, rival, single_methods, solved
+from moekit.plan.candidates import Candidate, distinct, rival, rows_kept, single_methods, solved
 from moekit.plan.cost import PRECISIONS, LayerCost, Precision, layer_cost
 from moekit.plan.document import Plan
 from moekit.plan.explain import explain, levers
@@ -141,6 +141,9 @@ class _Search:
             believed = rescaled(weights, ranked)
             again = list(solved(self.costs, weights, rankings[:1], self.room, key, believed))[:1]
             ranked = self._measured(distinct([*ranked, *again]))
+        if self.evaluate is not None:
+            dropping = next((one for one in ranked if one.drop > 0), ranked[0])
+            ranked = self._measured([*ranked, *rows_kept(dropping, self.costs, self.source.bank)])
         whole = solve(self.costs, weights, rankings[0], self.room)
         curve = tuple((nbytes + self.rest, loss) for nbytes, loss in whole.curve) if whole else ()
         return ranked[0], ranked, curve
