@@ -62,14 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(arguments: Sequence[str] | None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        return app(args=arguments or ["--help"], prog_name="moekit", standalone_mode=False) or 0
+        code = app(args=arguments or ["--help"], prog_name="moekit", standalone_mode=False) or 0
     except MoekitError as error:
         return _complain(str(error))
     except _ParserError as error:
         return _complain(error.format_message())
     except (KeyboardInterrupt, typer.Abort):
-        sys.stderr.write("moekit: interrupted; what was finished is kept, give the same command again to go on\n")
-        return INTERRUPTED
+        code = INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -77,6 +76,9 @@ def _run(arguments: Sequence[str] | None) -> int:
         if error.errno not in _DISK:
             raise
         return _complain(f"{error.filename or 'the output'}: {error.strerror}; free space or choose another --output")
+    if code == INTERRUPTED:
+        sys.stderr.write("moekit: interrupted; what was finished is kept, give the same command again to go on\n")
+    return code
 
 
 def _complain(message: str) -> int:

@@ -36,7 +36,8 @@ def demo(
     check_output(output, overwrite)
     from moekit import lab
     from moekit.checkpoint import Checkpoint
-    from moekit.plan import apply, verify
+    from moekit.plan import apply
+    from moekit.plan.verify import verify
     from moekit.profile import profile
 
     if output.exists():
@@ -67,6 +68,7 @@ def demo(
     _heading(as_json, "4. verify")
     with _show.progress("verify") as advance:
         report = verify(output / "model", checkpoint, progress=advance)
+    report.require()
     if not as_json:
         _show.say(f"{report.tensors} tensors recomputed from source and plan: all equal")
     _heading(as_json, "5. before and after, on text and tasks that nothing was fitted to")

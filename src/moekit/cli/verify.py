@@ -1,7 +1,9 @@
 """`moekit verify`: prove again that an output is what its source and plan make."""
 
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,13 +22,15 @@ def verify(
 ) -> None:
     """Recompute every tensor of an output from its source and plan, and compare; trusts nothing that lies in DIR.
 
+    Exit code 1 where they differ.
+
     \b
     Examples:
       moekit verify out/half --against moekit:mini
       moekit verify out/small --against ./model --text held-out.txt --json
     """
     from moekit.checkpoint import Checkpoint
-    from moekit.plan import verify as prove
+    from moekit.plan.verify import verify as prove
 
     checkpoint = Checkpoint.open(against)
     with _show.progress(f"verify {directory}") as advance:
@@ -34,12 +38,18 @@ def verify(
             directory, checkpoint, text=held_out(text, checkpoint), max_ram=max_ram, device=device, progress=advance
         )
     if as_json:
-        _show.emit({"directory": directory, **report.as_dict()})
-        return
-    _show.table(
-        (str(directory), ""),
-        [
-            ("verified", f"{report.tensors} tensors equal what {against} and the plan give"),
-            *_receipt.divergence(report.divergence),
-        ],
-    )
+        _show.emit({"ok": report.ok, **asdict(report)})
+    else:
+        _show.table((str(directory), "equal" if report.ok else "NOT what source and plan make"), list(_lines(report)))
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def _lines(report: Any) -> Iterator[tuple[str, str]]:
+    yield "format", str(report.format)
+    yield "tensors", f"{report.tensors} recomputed from the source and the plan"
+    yield "compared", _show.gigabytes(report.bytes_compared)
+    for problem in report.problems:
+        yield "problem", problem
+    if report.divergence:
+        yield from _receipt.divergence(report.divergence)

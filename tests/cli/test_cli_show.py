@@ -1,0 +1,87 @@
+"""What is shown: sizes, numbers, JSON that every reader takes, curves, generated pages."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+
+from moekit.cli import _curve, _show, docs
+from moekit.errors import OptionError, OutputError
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(6_000_000_000, "6.0 GB"), (149_999_999, "0.1 GB"), (11_409_408, "11.4 MB"), (500, "0.0 MB")]
+)
+def test_sizes(size, text):
+    assert _show.gigabytes(size) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(7_240_000_000, "7.2B"), (5_682_624, "5.7M"), (950, "950")])
+def test_parameters(count, text):
+    assert _show.parameters(count) == text
+
+
+def test_json_is_plain(capsys):
+    _show.emit({"a": float("nan"), "b": np.float64(0.5), "c": (1, np.arange(2)), 3: None, "p": io.StringIO})
+    found = json.loads(capsys.readouterr().out)
+    assert (found["a"], found["b"], found["c"], found["3"]) == (None, 0.5, [1, [0, 1]], None)
+
+
+def test_tables_keep_what_looks_like_markup(capsys):
+    _show.table(("x", "y"), [("I[e] = [bold]", 0.123456), ("z", None)])
+    out = capsys.readouterr().out
+    assert "I[e] = [bold]" in out
+    assert "0.1235" in out
+    assert "\x1b" not in out
+
+
+def test_progress_is_silent_when_piped(capsys):
+    with _show.progress("work") as advance:
+        advance(1, 2)
+    _show.note("remark")
+    assert capsys.readouterr() == ("", "")
+
+
+CURVE = [(1000 * i, 1.0 / i) for i in range(1, 60)]
+
+
+def test_curve_in_the_terminal_marks_the_result(capsys):
+    _curve.show(CURVE, 30_000)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 15
+    assert sum(line.rstrip().endswith("<") for line in lines) == 1
+    _curve.show([], 1)
+    assert capsys.readouterr().out == ""
+
+
+def test_curve_files(tmp_path):
+    page = tmp_path / "curve.html"
+    _curve.write(CURVE, 30_000, page, "a <b>")
+    text = page.read_text()
+    assert "a &lt;b&gt;" in text
+    assert text.count("<tr>") == 41
+    assert "http" not in text
+    pytest.importorskip("matplotlib")
+    _curve.write(CURVE, 30_000, tmp_path / "curve.png", "title")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_curve_needs_a_name_it_can_be_drawn_to(tmp_path):
+    with pytest.raises(OptionError, match=r"\.html or \.png"):
+        _curve.check(tmp_path / "curve.pdf")
+    with pytest.raises(OutputError, match="is no folder"):
+        _curve.check(tmp_path / "nowhere" / "curve.html")
+
+
+def test_generated_pages_are_what_the_code_says_now():
+    assert docs.stale() == []
+
+
+def test_a_stale_page_is_found(tmp_path):
+    for name, text in docs.pages().items():
+        (tmp_path / name).write_text(text)
+    assert docs.stale(tmp_path) == []
+    (tmp_path / "cli.md").write_text("by hand")
+    (tmp_path / "systems.md").unlink()
+    assert docs.stale(tmp_path) == ["cli.md", "systems.md"]
