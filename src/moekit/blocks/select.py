@@ -23,8 +23,9 @@ def select_experts(model: nn.Module, keep: Mapping[str, Sequence[int]]) -> None:
     """Keep only the named experts of each block, in the order given.
 
     ``keep`` has a list for every block that shares the count, by ``MoEBlock.name``; blocks of another count (those of a
-    vision tower, say) may be left out and stay as they are. Slices experts, router rows (classes beyond the experts stay), biases and token tables, and sets every count: on
-    modules, on the model and in its configuration. Views from :func:`blocks` are stale afterwards.
+    vision tower, say) may be left out and stay as they are. Slices experts, router rows (classes beyond the experts
+    stay), biases and token tables, and sets every count: on modules, on the model and in its configuration. Views from
+    :func:`blocks` are stale afterwards.
 
     Raises:
         PlanError: the stock format cannot say it: counts that differ between blocks, fewer experts than top-k, experts
