@@ -45,7 +45,9 @@ def running_bytes(config: PretrainedConfig, batch: Mapping[str, Any], itemsize: 
     dense = _size(text, "intermediate_size", "ffn_hidden_size", default=4 * hidden)
     slots = _size(text, "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", default=8)
     heads = _size(text, "num_attention_heads", "n_heads", default=8)
-    per_token = (12 * hidden + 3 * dense + slots * (4 * inner + 4 * hidden)) * max(itemsize, 4)
+    stream = 6 * hidden * max(itemsize, 4) + 3 * dense * itemsize
+    # Gathered inputs, hidden units and outputs of every slot; then the same outputs observed, and widened to float32.
+    routed = slots * (itemsize * (3 * inner + 4 * hidden) + 4 * hidden)
     attention = min(rows, 1) * heads * length * length * max(itemsize, 4)
     head = _size(text, "vocab_size", default=32000) * (itemsize + 4) if logits else 0
-    return rows * length * (per_token + head) + attention
+    return rows * length * (stream + routed + head) + attention

@@ -29,11 +29,15 @@ class CheckpointSource:
         return self._checkpoint.tensors if self._packed else self._checkpoint.stored
 
     def nbytes(self, name: str) -> int:
-        """Bytes in memory once read; decoding passes through float32."""
+        """Bytes in memory while it is read; decoded tensors are larger than what is stored."""
         if self._plain(name):
             return self._checkpoint.tensors[name].nbytes
-        parts = self._checkpoint.stored[name].tensors.values()
-        return 10 * sum(self._checkpoint.tensors[part].nbytes for part in parts)
+        stored = self._checkpoint.stored[name]
+        kept = self._dtype.itemsize
+        # Elements per stored byte, and bytes per element. Blocks stack all experts, so that the indices and floats
+        # they are decoded through are as large as the layer; the others are decoded expert by expert.
+        elements, width = {"packed": (2, kept), "blocks": (2, kept + 16)}.get(stored.carrier, (1, kept))
+        return self._checkpoint.tensors[stored.tensors[stored.carrier]].nbytes * elements * width
 
     def read(self, name: str) -> Tensor:
         return self._checkpoint.read(name) if self._plain(name) else self._checkpoint.read_plain(name, self._dtype)

@@ -150,10 +150,14 @@ class Weights:
         return sum(t.numel() * t.element_size() for t in tensors.values())
 
     def transient_bytes(self, keys: Iterable[str]) -> int:
-        """Most bytes beyond :meth:`resident_bytes` while loading: stored and stacked copies of the largest bite."""
+        """Most bytes beyond :meth:`resident_bytes` while loading.
+
+        Each step of a conversion holds what it reads and what it makes, so two copies of the largest bite, one of
+        which is the parameter itself.
+        """
         origins = dict.fromkeys(self._origin(key) for key in keys)
         bites = [sum(self.source.nbytes(name) for name in names) for names in self._bites(origins)]
-        return 2 * max(bites, default=0)
+        return max(bites, default=0)
 
 
 def _tensor(model: nn.Module, key: str) -> Tensor:
