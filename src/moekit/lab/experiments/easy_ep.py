@@ -26,6 +26,8 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import torch
+
 from moekit import lab
 from moekit.blocks import blocks
 from moekit.checkpoint import Checkpoint
@@ -40,6 +42,7 @@ FEW, MANY, LENGTH, TEST_BYTES = 25, 250, 256, 8192
 KEEP = {"half": 0.5, "quarter": 0.25}
 BASELINES = ("frequency", "router-probability", "random")
 DRAWS = 8
+NEEDED = ("counts", "probability", "contribution")
 LEAST_JACCARD = 0.8
 
 Kept = dict[str, frozenset[int]]
@@ -77,7 +80,7 @@ class Trial:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.tokenizer = checkpoint, checkpoint.tokenizer()
-        self.runner = LoadedModel.load(checkpoint)
+        self.runner = LoadedModel.load(checkpoint, dtype=torch.float32)
 
     def measure(self, calibration: list[str], test: list[str], seed: int) -> dict[str, Any]:
         """One domain, one seed: `whole` loss, losses by share kept and method, Jaccard index of few against many."""
@@ -96,7 +99,9 @@ class Trial:
         return result
 
     def _profile(self, pieces: list[str]) -> Profile:
-        return profile(self.runner, {"domain": pieces}, sequence_length=LENGTH, held_out=0.0)
+        return profile(
+            self.runner, {"domain": pieces}, sequence_length=LENGTH, held_out=0.0, sample=0, trace=0, statistics=NEEDED
+        )
 
     def _keep(self, spec: str, seen: Profile) -> Kept:
         plan = method(spec).plan(seen, self.checkpoint)
