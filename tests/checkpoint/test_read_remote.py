@@ -107,6 +107,32 @@ def test_what_is_on_this_machine_is_not_fetched(hub, tmp_path):
     assert hub.sent == {}
 
 
+def test_a_cached_model_opens_without_the_network(hub, tmp_path, monkeypatch):
+    cache = tmp_path / "cache" / "models--some--model"
+    miniatures.plain(cache / "snapshots" / "abc123")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    opened = Checkpoint.open("some/model")
+    assert opened.path == cache / "snapshots" / "abc123"
+    assert opened.bank("model.layers.0.mlp").num_experts == 8
+    assert not Checkpoint.open_headers("some/model").is_remote
+    assert hub.tokens == []
+
+
+def test_a_cache_without_weights_does_not_hide_the_hub(hub, tmp_path, monkeypatch):
+    folder = miniatures.plain(hub.root / "some" / "model")
+    snapshot = tmp_path / "cache" / "models--some--model" / "snapshots" / "abc123"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_bytes((folder / "config.json").read_bytes())
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert Checkpoint.open_headers("some/model").is_remote
+    with pytest.raises(CheckpointError, match="has no weights"):
+        Checkpoint.open("some/model")
+
+
 def test_what_can_go_wrong(hub, monkeypatch):
     def refused(message, ref="some/model"):
         with pytest.raises(CheckpointError, match=message) as caught:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moekit.checkpoint.decode import FP4_BYTES
 from moekit.checkpoint.layers import MoELayer
 from moekit.checkpoint.storage import Stored
 
@@ -94,7 +95,8 @@ def count(checkpoint: Checkpoint, stored: Stored) -> int:
     """Parameters of one stored weight."""
     carrier = stored.carrier
     info = checkpoint.tensors[stored.tensors[carrier]]
-    if carrier == "blocks":
+    two_a_byte = carrier == "blocks" or ("scale_inv" in stored.tensors and info.dtype in FP4_BYTES)
+    if two_a_byte:
         return info.numel * 2
     if carrier in ("packed", "qweight"):
         tensor, layer = checkpoint.expert_tensor(stored.name), checkpoint.layer_of(stored.name)
