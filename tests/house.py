@@ -32,7 +32,7 @@ FAMILIES = re.compile(
     re.IGNORECASE,
 )
 FAMILY_ROOMS = {"blocks", "checkpoint"}
-MAX_FILE, MEDIAN_FILE, MAX_FUNCTION = 300, 120, 60
+MAX_FILE, MEDIAN_FILE, MAX_FUNCTION = 300, 120, 50
 FORBIDDEN_CALLS = {"eval", "exec", "breakpoint", "os.system", "torch.load", "torch.save", "pickle.load", "pickle.loads"}
 FORBIDDEN_MODULES = {"pickle", "dill", "joblib", "cloudpickle"}
 FORBIDDEN_KEYWORDS = {"shell", "trust_remote_code"}
@@ -150,12 +150,15 @@ def safety_faults(source: str) -> list[str]:
 
 
 def function_faults(source: str) -> list[str]:
-    """Functions that do not fit on a screen, docstring included."""
-    return [
-        f"{node.lineno}: {node.name} has {node.end_lineno - node.lineno + 1} lines, at most {MAX_FUNCTION}"
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno + 1 > MAX_FUNCTION
-    ]
+    """Functions whose body does not fit on a screen; signature and docstring are not counted."""
+    faults = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+            if lines > MAX_FUNCTION:
+                faults.append(f"{node.lineno}: {node.name} has {lines} lines, at most {MAX_FUNCTION}")
+    return faults
 
 
 def text_faults(text: str, ascii_only: bool = True) -> list[str]:

@@ -156,7 +156,7 @@ def test_floor_rule(source, room, caught):
         (house.safety_faults, "import torch\ntorch.load('x')", "from safetensors.torch import load_file"),
         (house.safety_faults, "run('ls', shell=True)", "run(['ls'])"),
         (house.safety_faults, "f(trust_remote_code=flag)", "f(trust_remote_code=False)"),
-        (house.function_faults, "def f():\n" + "    x = 1\n" * 60, "def f():\n" + "    x = 1\n" * 59),
+        (house.function_faults, "def f():\n" + "    x = 1\n" * 51, "def f():\n" + "    x = 1\n" * 50),
         (house.text_faults, "path = '/" + "home/someone/x'", "path = 'src/home/x'"),
         (house.text_faults, "x = '\u00e9'", "x = 'e'"),
     ],
