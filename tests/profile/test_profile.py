@@ -251,3 +251,22 @@ def test_odd_families_are_profiled_alike(family, saved, tmp_path):
         assert layer.total("output_norm").sum() > 0
     assert isinstance(made, Profile)
     assert torch.is_tensor(next(model.parameters()))
+
+
+def test_second_moments_that_do_not_fit_are_refused_before_anything_runs(saved, texts, monkeypatch):
+    from moekit.profile._watch import Watch
+
+    monkeypatch.setattr(Watch, "moment_bytes", lambda self: 10**12)
+    with pytest.raises(BudgetError, match="keeping the second moments of every layer needs 1000.0 GB"):
+        profile(saved, texts, max_ram="8GB", statistics=["expert_moments"])
+
+
+def test_second_moments_are_counted_as_they_are_kept(observed, saved):
+    from moekit.blocks import blocks
+    from moekit.profile._watch import Watch
+
+    model = LoadedModel.load(Checkpoint.open(saved)).model
+    watch = Watch(blocks(model), ["counts", "input_moments", "expert_moments"], 1, 0, 0)
+    kept = sum(layer.input_moments.nbytes + layer.expert_moments.nbytes for layer in observed.layers.values())
+    assert watch.moment_bytes() == kept
+    assert Watch(blocks(model), ["counts"], 1, 0, 0).moment_bytes() == 0

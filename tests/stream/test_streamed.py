@@ -197,3 +197,11 @@ def test_packed_experts_stream_as_they_load(tmp_path):
     with blocks(streamed.model)[0].observe(lambda o: seen.append(o.slots_TKH)):
         next(streamed.forward([inputs]))
     assert torch.isfinite(seen[0]).all()
+
+
+def test_threads_are_bounded_by_running_in_groups(saved, monkeypatch):
+    folder, _, inputs = saved
+    streamed = StreamedModel(Checkpoint.open(folder))
+    monkeypatch.setattr(module, "MAX_THREADS", 2 * torch.get_num_threads())
+    assert [len(group) for group in streamed._groups([inputs] * 5, True)] == [2, 2, 1]
+    assert streamed._groups([], True) == []

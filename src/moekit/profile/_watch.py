@@ -33,6 +33,13 @@ class Watch:
             room = Room(block.num_experts, num_domains, previous, num_sampled, num_traced)
             self._statistics.append({name: make(name, room) for name in names})
 
+    def moment_bytes(self) -> int:
+        """Bytes the second moments of all layers will take; every other sum is small beside a layer."""
+        squares = [block.hidden_size**2 * 8 for block in self.blocks]
+        wide = [n * block.num_experts for n, block in zip(squares, self.blocks, strict=True)]
+        kept = self._statistics[0] if self._statistics else {}
+        return sum(squares) * ("input_moments" in kept) + sum(wide) * ("expert_moments" in kept)
+
     @contextmanager
     def attached(self, now: Now) -> Iterator[None]:
         with ExitStack() as stack:

@@ -22,7 +22,7 @@ from moekit.profile._watch import Watch
 from moekit.profile.document import Profile
 from moekit.profile.schema import ALWAYS, DEFAULT, FIELDS
 from moekit.profile.texts import check_texts
-from moekit.stream import LoadedModel, StreamedModel, open_model
+from moekit.stream import LoadedModel, StreamedModel, cap, open_model
 
 Runnable: TypeAlias = str | os.PathLike[str] | Checkpoint | PreTrainedModel | LoadedModel | StreamedModel
 BATCH_TOKENS = 2048
@@ -85,6 +85,7 @@ def profile(
     pad = subject.tokenizer.pad_token_id or 0
     grouped = batches(sequences, tokens=BATCH_TOKENS, pad=pad, padded=not decode_tokens)
     watch = Watch(_moe_blocks(subject), names, len(domains), len(chosen.sample), len(chosen.trace))
+    cap(max_ram).require(watch.moment_bytes(), "keeping the second moments of every layer")
     tell = progress or (lambda done, total: None)
     if decode_tokens:
         _check_generates(runner)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -19,7 +18,8 @@ from moekit.stream._lockstep import Batch, walk
 from moekit.stream._skeleton import CheckpointSource, call, forget, live_skeleton
 from moekit.stream._weights import Weights, keys_under
 
-logger = logging.getLogger(__name__)
+MAX_THREADS = 2048
+"""Threads of one pass in all: each waiting batch has one, and as many again as torch computes with."""
 
 
 class StreamedModel:
@@ -72,15 +72,14 @@ class StreamedModel:
 
     def _groups(self, batches: Sequence[Batch], logits: bool) -> list[Sequence[Batch]]:
         """The batches that wait together, as many as fit between the layers. More groups read the layers again."""
-        room = self.cap.room()
-        if room is None or not batches:
-            return [batches]
-        config, size = self.model.config, self._itemsize
-        parked = max(footprint.parked_bytes(config, batch, size) for batch in batches)
-        running = max(footprint.running_bytes(config, batch, size, logits) for batch in batches)
-        fixed = self.weight_bytes() + running
-        self.cap.require(fixed + parked, "the largest layer with one batch")
-        fit = max(1, (room - fixed) // parked)
+        fit, room = max(1, MAX_THREADS // torch.get_num_threads()), self.cap.room()
+        if room is not None and batches:
+            config, size = self.model.config, self._itemsize
+            parked = max(footprint.parked_bytes(config, batch, size) for batch in batches)
+            running = max(footprint.running_bytes(config, batch, size, logits) for batch in batches)
+            fixed = self.weight_bytes() + running
+            self.cap.require(fixed + parked, "the largest layer with one batch")
+            fit = min(fit, max(1, (room - fixed) // parked))
         return [batches[start : start + fit] for start in range(0, len(batches), fit)]
 
     def forward(
