@@ -157,8 +157,8 @@ def kv_cache(config: Any) -> tuple[int, int, int | None]:
     """Bytes a token adds to the cache for good, bytes while inside the sliding window, and the window.
 
     Latent attention (MLA) counts its compressed vector and rotary key, as serving engines store it. Layers with a
-    constant state (linear attention, Mamba, convolutions) add nothing. Where head sizes differ by layer the largest
-    counts.
+    constant state (linear attention, Mamba, convolutions) add nothing. Where head sizes differ by layer, the config's
+    general one counts.
     """
     text = config.get_text_config(decoder=True)
     field = text.to_dict()
