@@ -12,7 +12,7 @@ from torch import nn
 import moekit
 from moekit.errors import OptionError, UnsupportedModelError
 from moekit.formats import DenseBank, PackedBank
-from moekit.kernels import PackedExperts
+from moekit.kernels import PackedExperts, integers
 from moekit.kernels._layer import Layer
 
 BITS = [2, 3, 4, 8, 16, 4]
@@ -55,6 +55,26 @@ def test_computes_what_its_decoded_weights_would(flags, dtype, tokens):
     assert got.dtype == dtype
     bound = 1e-5 if dtype == torch.float32 else 2e-2
     assert (got - expected).float().norm() <= bound * expected.float().norm() + 1e-6
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("group", [16, 24, 64])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_products_on_packed_integers(monkeypatch, compiled, dtype, group, rows):
+    """Compiled and not, groups that divide the row and one that does not, against the decoded weights."""
+    if compiled:
+        pytest.importorskip("numba")
+    else:
+        monkeypatch.setattr(integers, "jit", lambda: None)
+    torch.manual_seed(rows)
+    bank = PackedBank.quantise(DenseBank(torch.randn(5, 1280, 64), torch.randn(5, 64, 640)), [2, 3, 4, 8, 16], group)
+    products = integers.IntegerProducts(bank)
+    x, h = torch.randn(rows, 64, dtype=dtype), torch.randn(rows, 640, dtype=dtype)
+    for expert in range(5):
+        weights = bank.expert(expert)
+        torch.testing.assert_close(products.up(expert, x), x @ weights.gate_up.to(dtype).T, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(products.down(expert, h), h @ weights.down.to(dtype).T, rtol=1e-4, atol=1e-3)
 
 
 def test_slots_share_and_mask_experts():

@@ -9,6 +9,7 @@ from torch import nn
 
 from ._layer import Layer
 from ._tiles import has_units
+from .integers import jit
 from .packed_experts import PackedExperts
 from .plain import PlainProducts
 from .prepare import experts_modules, unfit
@@ -81,6 +82,10 @@ def _text(module: Any, tokens: int, training: bool) -> str:
     lines = [f"{chosen} ({_WHAT[chosen]})" if chosen else "nothing can run this"]
     if not isinstance(module, PackedExperts) and implementation != "moekit":
         lines.append(f'  not in use: the model runs experts_implementation="{implementation}"; set it to "moekit"')
+    if chosen == "integers":
+        lines.append(
+            f"  {'compiled by Numba' if jit() else 'by torch operations: Numba would be faster, pip install numba'}"
+        )
     if chosen == "plain":
         lines.append(f"  {_plain_path(Layer.of_module(module), tokens, module)}")
     lines += [f"  not {c.kernel}: {c.against}" for c in found if c.against is not None]
