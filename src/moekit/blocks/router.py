@@ -209,19 +209,17 @@ def filled(routing: Routing) -> Tensor:
 def forbid(experts: list[int], num_experts: int) -> RouterEdit:
     """An edit under which only the given experts can be chosen; classes beyond the experts stay allowed.
 
-    -inf goes into the logits and into what is ranked: the first alone is not exact where a bias is added afterwards,
-    the second alone would leave the forbidden in the softmax.
+    -inf in the logits takes the others out of every softmax, and ``select`` never ranks such an expert, whatever bias
+    is added after: masking logits alone would let a bias lift it back.
     """
     dropped = sorted(set(range(num_experts)) - set(experts))
-    bias = torch.zeros(num_experts)
-    bias[dropped] = -math.inf
 
     def drop(logits: Tensor, context: Context) -> Tensor:
         out = logits.clone()
         out[..., dropped] = -math.inf
         return out
 
-    return RouterEdit(after_score=drop, selection_bias=bias)
+    return RouterEdit(after_score=drop)
 
 
 def merge(edits: list[RouterEdit]) -> RouterEdit:
