@@ -97,7 +97,7 @@ class Router(Protocol):
         ...
 
     def weigh(self, logits_TE: Tensor, expert_TK: Tensor, context: Context) -> Tensor:
-        """Combine weights [T, K] of the selected experts."""
+        """Combine weights [T, K] of the selected experts; a :data:`PAD` slot takes no part in any normalisation."""
         ...
 
 
@@ -125,7 +125,7 @@ def route(router: Router, x_TH: Tensor, context: Context | None = None, edit: Ro
     expert = router.select(logits, context, edit.selection_bias)
     if edit.after_select:
         expert = edit.after_select(expert, context)
-    weight = router.weigh(logits, expert.clamp(min=0), context)
+    weight = router.weigh(logits, expert, context)
     routing = Routing(expert, weight.masked_fill(expert < 0, 0), logits)
     return edit.after_weigh(routing, context) if edit.after_weigh else routing
 
