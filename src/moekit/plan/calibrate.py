@@ -20,8 +20,19 @@ PROBE: Precision = (3, 64)
 """Coarse enough that the effect stands clear of noise, fine enough to stay small."""
 
 
+DROP_NATS, NOISE_NATS = 0.5, 0.125
+"""Nats per unit of disturbance from dropping and from rounding, for a model that cannot be run: about what the middle
+layers of the embedded model show. Rounding's errors are small and many, and cancel where a dropped output does not."""
+
+
+def typical_weights(costs: Sequence[LayerCost]) -> Weights:
+    """Every layer alike: without a model to measure."""
+    names = [cost.site.name for cost in costs]
+    return Weights(dict.fromkeys(names, DROP_NATS), dict.fromkeys(names, NOISE_NATS))
+
+
 def unit_weights(costs: Sequence[LayerCost]) -> Weights:
-    """Every layer alike, one nat per unit: without a model to measure."""
+    """Losses in units of disturbance."""
     names = [cost.site.name for cost in costs]
     return Weights(dict.fromkeys(names, 1.0), dict.fromkeys(names, 1.0))
 

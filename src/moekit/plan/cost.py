@@ -1,10 +1,11 @@
 """What keeping an expert costs in bytes and what losing it, or some of its bits, costs in loss.
 
 The unit of loss is *disturbance*: the energy of the error a change puts into a layer's output, as a share of the
-energy of the residual stream it is added to, per token. Dropping expert e disturbs by its weighted output energy and
+energy of the residual stream behind it, per token. Dropping expert e disturbs by its weighted output energy and
 by about as much again from whatever serves its tokens instead; rounding it disturbs by its weighted output energy times
 the squared relative error of its rounded output. Disturbances of different experts and layers are taken to be
-independent, so they add; how many nats one unit costs in each layer is measured (``calibrate``) or taken as 1.
+independent, so they add; how many nats one unit costs in each layer is measured where the model can run
+(``calibrate``).
 Shapes by suffix: E experts, T tokens, H hidden size.
 """
 
@@ -89,6 +90,13 @@ def layer_cost(
     )
 
 
+def stored_cost(checkpoint: Checkpoint, layer: MoELayer, cost: LayerCost) -> LayerCost:
+    """The same layer where experts may only be kept as the source stores them, or dropped."""
+    names = [name for tensor in layer.expert_tensors for name in tensor.stored.tensors.values()]
+    each = -(-sum(checkpoint.tensors[name].nbytes for name in names) // layer.num_experts)
+    return replace(cost, nbytes={WHOLE: each}, noise={WHOLE: np.zeros(layer.num_experts)})
+
+
 def rankings(seen: LayerProfile) -> dict[str, np.ndarray]:
     """Ways to say which experts matter, best first by the score [E]; those the profile has the statistics for."""
     found = {"output energy": seen.total("output_energy")}
@@ -164,10 +172,10 @@ def expected_error(bits: int, group: int) -> float:
 
 
 def _stream_energy(seen: LayerProfile, energy_E: np.ndarray) -> float:
-    """Summed energy of the residual stream; of the experts' own output where the profile has none."""
-    if "residual_energy" in seen.arrays:
-        return float(seen.total("residual_energy"))
-    return float(energy_E.sum())
+    """Summed energy of the residual stream behind the layer: what came in, where the profile has it, and what the
+    experts add (in early layers often the larger part)."""
+    came = float(seen.total("residual_energy")) if "residual_energy" in seen.arrays else 0.0
+    return came + float(energy_E.sum())
 
 
 def _inputs(seen: LayerProfile) -> torch.Tensor | None:

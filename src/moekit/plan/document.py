@@ -74,7 +74,7 @@ class Plan:
         )
 
     def nbytes(self, checkpoint: Checkpoint) -> int:
-        """Bytes of the tensors that applying this plan writes, exactly."""
+        """Bytes of the weight files that applying this plan writes, exactly."""
         from moekit.plan.sizes import plan_nbytes
 
         return plan_nbytes(self, checkpoint)

@@ -57,6 +57,6 @@ def levers(fit: FitResult) -> tuple[str, ...]:
 def _loss(predicted: float, measured: float | None) -> str:
     if predicted != predicted:  # another method's plan: only measured
         return f"measured {measured:.2g} nats per token" if measured is not None else "not predicted"
-    unit = "nats per token" if measured is not None else "(relative units: nothing was run to calibrate it)"
+    unit = "nats per token" if measured is not None else "nats per token (nothing was run to calibrate it)"
     said = f"predicted {predicted:.2g} {unit}"
     return said if measured is None else f"{said}, measured {measured:.2g} on calibration tokens"

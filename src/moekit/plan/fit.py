@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, NoReturn
 
 from moekit.errors import BudgetError
 from moekit.plan.budget import Budget, Size, budget_of
-from moekit.plan.calibrate import best_ranking, calibrated, rescaled, unit_weights
+from moekit.plan.calibrate import best_ranking, calibrated, rescaled, typical_weights
 from moekit.plan.candidates import Candidate, distinct, rival, rows_kept, single_methods, solved
-from moekit.plan.cost import PRECISIONS, LayerCost, Precision, layer_cost
+from moekit.plan.cost import PRECISIONS, WHOLE, LayerCost, Precision, layer_cost, stored_cost
 from moekit.plan.document import Plan
 from moekit.plan.explain import explain, levers
 from moekit.plan.planner import Evaluate
-from moekit.plan.sizes import fixed_nbytes, plan_nbytes
+from moekit.plan.sizes import fixed_nbytes, plan_nbytes, source_nbytes
 from moekit.plan.solve import Weights, smallest, solve
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def fit(
     Args:
         size, memory, context, ratio: the budget; see :func:`~moekit.plan.budget.budget_of`.
         evaluate: loss of a plan on calibration tokens (such as :class:`~moekit.plan.live.LiveLoss`); without one the
-            prediction alone decides, in units of disturbance.
+            prediction alone decides, with typical weights instead of calibrated ones.
         precisions: (bits, group size) pairs an expert may have.
         weights: False reads headers only, and takes the rounding error of normally distributed weights.
         rivals: plans of other methods to compare with, by name; those over the budget are left out.
@@ -118,35 +119,52 @@ class _Search:
         self, source: Checkpoint, costs: Sequence[LayerCost], budget: Budget, evaluate: Evaluate | None, tell: Progress
     ) -> None:
         self.source, self.costs, self.budget, self.evaluate, self.tell = source, costs, budget, evaluate, tell
-        self.source_nbytes = plan_nbytes(Plan(source=source.fingerprint, layers={}), source)
+        self.source_nbytes = source_nbytes(source)
         self.rest = fixed_nbytes(source)
         self.room = budget.nbytes - self.rest
 
     def run(self, rivals: Mapping[str, Plan]) -> tuple[Candidate, list[Candidate], tuple[tuple[int, float], ...]]:
-        key = self.source.fingerprint
-        if self.room < smallest(self.costs):
+        key, quantised = self.source.fingerprint, bool(self.source.scheme.config)
+        if self.room < smallest(self.costs) and not quantised:
             self._too_small()
         rankings = best_ranking(self.costs, key, self.evaluate)
-        weights = unit_weights(self.costs)
+        weights = typical_weights(self.costs)
         if self.evaluate is not None:
             weights = calibrated(self.costs, key, rankings[0], self.evaluate)
-        self._leave_room_for_headers(weights, rankings[0])
-        found = list(solved(self.costs, weights, rankings[:2], self.room, key))
-        singles = sorted(
-            single_methods(self.costs, weights, rankings[:3], self.room, key), key=lambda one: one.predicted
-        )
-        others = [rival(name, plan) for name, plan in rivals.items() if self._fits(plan)]
-        ranked = self._measured(distinct([*found, *singles[:SINGLES], *others]))
-        for _ in range(ROUNDS if self.evaluate is not None else 0):
-            believed = rescaled(weights, ranked)
-            again = list(solved(self.costs, weights, rankings[:1], self.room, key, believed))[:1]
-            ranked = self._measured(distinct([*ranked, *again]))
+        solvable = self._leave_room_for_headers(weights, rankings[0])
+        found: list[Candidate] = []
+        if solvable:
+            singles = single_methods(self.costs, weights, rankings[:3], self.room, key)
+            found += solved(self.costs, weights, rankings[:2], self.room, key)
+            found += sorted(singles, key=lambda one: one.predicted)[:SINGLES]
+        found += self._as_stored(weights, rankings) if quantised else []
+        found += [rival(name, plan) for name, plan in rivals.items() if self._fits(plan)]
+        ranked = self._measured(distinct(found))
+        if not ranked:
+            self._too_small()
         if self.evaluate is not None:
-            dropping = next((one for one in ranked if one.drop > 0), ranked[0])
-            ranked = self._measured([*ranked, *rows_kept(dropping, self.costs, self.source.bank)])
-        whole = solve(self.costs, weights, rankings[0], self.room)
-        curve = tuple((nbytes + self.rest, loss) for nbytes, loss in whole.curve) if whole else ()
-        return ranked[0], ranked, curve
+            ranked = self._refined(ranked, weights, rankings, ROUNDS if solvable else 0)
+        whole = solve(self.costs, weights, rankings[0], self.room) if solvable else None
+        return ranked[0], ranked, tuple((n + self.rest, loss) for n, loss in whole.curve) if whole else ()
+
+    def _refined(
+        self, ranked: list[Candidate], weights: Weights, rankings: Sequence[str], rounds: int
+    ) -> list[Candidate]:
+        """The solver again, believing what was measured; then the best plan that drops experts with their rows kept."""
+        for _ in range(rounds):
+            believed = rescaled(weights, ranked)
+            again = solved(self.costs, weights, rankings[:1], self.room, self.source.fingerprint, believed)
+            ranked = self._measured(distinct([*ranked, *islice(again, 1)]))
+        dropping = next((one for one in ranked if one.drop > 0), ranked[0])
+        return self._measured([*ranked, *rows_kept(dropping, self.costs, self.source.bank)])
+
+    def _as_stored(self, weights: Weights, rankings: Sequence[str]) -> list[Candidate]:
+        """A source stored quantised keeps that layout, and its sizes, as long as experts are only dropped."""
+        layers = {layer.name: layer for layer in self.source.moe_layers}
+        costs = [stored_cost(self.source, layers[cost.site.name], cost) for cost in self.costs]
+        whole = sum(c.site.num_experts * (c.nbytes[WHOLE] + c.row_nbytes) for c in costs)
+        room = self.budget.nbytes - self.source_nbytes + whole
+        return list(single_methods(costs, weights, rankings[:3], room, self.source.fingerprint))
 
     def _measured(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """Best first; by prediction where nothing can be measured."""
@@ -161,20 +179,21 @@ class _Search:
     def _fits(self, plan: Plan) -> bool:
         return plan_nbytes(plan, self.source) <= self.budget.nbytes
 
-    def _leave_room_for_headers(self, weights: Weights, ranking: str) -> None:
-        """Headers are only estimated so far: a first solution tells what they, and all else, really take."""
+    def _leave_room_for_headers(self, weights: Weights, ranking: str) -> bool:
+        """Headers are only estimated so far: a first solution tells what they, and all else, really take. False where
+        nothing fits once that is known."""
         for _ in range(8):
             found = next(solved(self.costs, weights, [ranking], self.room, self.source.fingerprint), None)
             if found is None:
-                break
+                return False
             exact = plan_nbytes(found.plan, self.source)
             self.rest = exact - found.nbytes
             if exact <= self.budget.nbytes:
-                return
+                return True
             self.room -= exact - self.budget.nbytes
-        self._too_small()
+        return False
 
-    def _too_small(self) -> None:
+    def _too_small(self) -> NoReturn:
         least = self.rest + smallest(self.costs)
         bits = min(precision[0] for precision in self.costs[0].nbytes)
         raise BudgetError(

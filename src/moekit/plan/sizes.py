@@ -24,8 +24,8 @@ def plan_nbytes(plan: Plan, checkpoint: Checkpoint, format: str = "auto") -> int
 
 
 def source_nbytes(checkpoint: Checkpoint) -> int:
-    """Bytes of the source's tensors."""
-    return sum(info.nbytes for info in checkpoint.tensors.values())
+    """Bytes of the weight files that hold the source unchanged."""
+    return plan_nbytes(Plan(source=checkpoint.fingerprint, layers={}), checkpoint)
 
 
 def fixed_nbytes(checkpoint: Checkpoint) -> int:
