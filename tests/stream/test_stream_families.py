@@ -7,10 +7,10 @@ import families
 from moekit.checkpoint import Checkpoint
 from moekit.stream import LoadedModel, StreamedModel
 
-EXCEPTIONS: dict[str, str] = {
-    "qwen3_omni_moe": "its thinker alone cannot be run: its configuration lacks vision_start_token_id",
+UNPADDED = {
+    "qwen3_omni_moe": "its thinker looks up positions with a field its configuration lacks once there is a mask"
 }
-"""Family -> why it is not compared. The goal is none."""
+"""Family -> why it is compared without the padded batch."""
 NOISY = {"diffusion_gemma": "samples the noise it starts from in its own forward"}
 """Family -> why its batches run one at a time, each from the same seed."""
 
@@ -41,10 +41,8 @@ def alone(runner, every):
 
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_streamed_equals_in_memory_bit_for_bit(family, tmp_path):
-    if family in EXCEPTIONS:
-        pytest.skip(EXCEPTIONS[family])
     model, inputs = families.build(family)
-    every = batches(inputs)
+    every = batches(inputs)[: 2 if family in UNPADDED else 3]
     expected = list(reference(model, every))
     model.save_pretrained(tmp_path)
     streamed = StreamedModel(Checkpoint.open(tmp_path))

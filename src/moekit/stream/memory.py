@@ -63,6 +63,15 @@ def _status(field: str) -> int | None:
     return int(match[1]) * 1024 if match else None
 
 
+def free_memory() -> int:
+    """Bytes that programs can still take without swapping, as the kernel estimates it; 8 GiB where it does not say."""
+    try:
+        match = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        match = None
+    return int(match[1]) * 1024 if match else 8 * 2**30
+
+
 @cache
 def _libc() -> ctypes.CDLL | None:
     library = ctypes.CDLL(None) if sys.platform == "linux" else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -18,6 +17,7 @@ from moekit.stream import memory
 from moekit.stream._lockstep import Batch
 from moekit.stream._skeleton import CheckpointSource, call, live_skeleton
 from moekit.stream._weights import Weights
+from moekit.stream.memory import free_memory as _free_memory
 from moekit.stream.streamed import StreamedModel
 
 _HEADROOM = 1.15
@@ -111,11 +111,3 @@ def _available(device: torch.device, limit: memory.Cap) -> float:
     free = _free_memory() * 0.8
     room = limit.room()
     return free if room is None else min(free, room / 2)
-
-
-def _free_memory() -> int:
-    try:
-        match = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    except OSError:
-        match = None
-    return int(match[1]) * 1024 if match else 8 * 2**30
