@@ -64,11 +64,17 @@ class StreamedModel:
         own = [f"{name}.{key}".lstrip(".") for name, m in modules.items() for key in [*m._parameters, *m._buffers]]
         return [key for key in own if key in self.weights.meta]
 
-    def weight_bytes(self) -> int:
-        """The most bytes of weights resident at once without reading ahead, copies made while loading included."""
-        units = [*self._layer_keys, *self._outside.values()]
-        peaks = [self.weights.resident_bytes(unit) + self.weights.transient_bytes(unit) for unit in units]
-        return max(peaks, default=0) + self.weights.resident_bytes(self._around)
+    def weight_bytes(self, running: int = 0, ahead: bool = False) -> int:
+        """The most bytes a pass holds besides the batches that wait: a layer, and the head that follows the last one,
+        and either the copies made while loading or what the ``running`` batch takes.
+
+        Both at once, and a second layer, where layers are read ``ahead``.
+        """
+        resident, transient = self.weights.resident_bytes, self.weights.transient_bytes
+        layer = max(map(resident, self._layer_keys), default=0)
+        beside = max(map(resident, self._outside.values()), default=0) + resident(self._around)
+        loading = max(map(transient, [*self._layer_keys, *self._outside.values()]), default=0)
+        return beside + (2 * layer + loading + running if ahead else layer + max(loading, running))
 
     def _groups(self, batches: Sequence[Batch], logits: bool) -> list[Sequence[Batch]]:
         """The batches that wait together, as many as fit between the layers. More groups read the layers again."""
@@ -77,7 +83,7 @@ class StreamedModel:
             config, size = self.model.config, self._itemsize
             parked = max(footprint.parked_bytes(config, batch, size) for batch in batches)
             running = max(footprint.running_bytes(config, batch, size, logits) for batch in batches)
-            fixed = self.weight_bytes() + running
+            fixed = self.weight_bytes(running)
             self.cap.require(fixed + parked, "the largest layer with one batch")
             fit = min(fit, max(1, (room - fixed) // parked))
         return [batches[start : start + fit] for start in range(0, len(batches), fit)]
@@ -125,9 +131,9 @@ class StreamedModel:
         if room is None:
             return True
         config, size = self.model.config, self._itemsize
-        states = sum(footprint.parked_bytes(config, batch, size) for batch in group)
-        states += max((footprint.running_bytes(config, batch, size, logits) for batch in group), default=0)
-        return room > states + 2 * self.weight_bytes()
+        waiting = sum(footprint.parked_bytes(config, batch, size) for batch in group)
+        running = max((footprint.running_bytes(config, batch, size, logits) for batch in group), default=0)
+        return room > waiting + self.weight_bytes(running, ahead=True)
 
 
 class _Residency:
@@ -194,9 +200,9 @@ def smallest_cap(checkpoint: Checkpoint, batch: Batch | None = None, dtype: torc
     Counts what this process holds now, the largest layer while it is loaded, and one batch between the layers.
     """
     model = StreamedModel(checkpoint, dtype=dtype)
-    need = model.weight_bytes()
-    if batch is not None:
-        config = model.model.config
-        need += footprint.parked_bytes(config, batch, model._itemsize)
-        need += footprint.running_bytes(config, batch, model._itemsize, True)
+    if batch is None:
+        return memory.smallest_for(model.weight_bytes())
+    config, size = model.model.config, model._itemsize
+    running = footprint.running_bytes(config, batch, size, True)
+    need = model.weight_bytes(running) + footprint.parked_bytes(config, batch, size)
     return memory.smallest_for(need)
