@@ -17,6 +17,7 @@ from moekit.plan import LayerPlan, LiveLoss, Plan, StoredExpert, fit, split_held
 from moekit.plan.cost import PRECISIONS, WHOLE, expected_error, layer_cost, rounding_errors
 from moekit.plan.produce import produce
 from moekit.plan.sizes import plan_nbytes, source_nbytes
+from moekit.plan.target import make_target
 from moekit.profile import profile
 from moekit.stream import LoadedModel
 
@@ -139,6 +140,16 @@ def test_a_dry_run_needs_headers_and_a_profile_only(source, seen, monkeypatch) -
     assert found.measured is None
     assert found.nbytes <= found.budget.nbytes
     assert "nothing was run to calibrate it" in found.describe()
+
+
+@pytest.mark.parametrize("format", ["stock", "compressed-tensors"])
+def test_a_format_that_cannot_say_everything_gets_what_it_can(format, source, seen) -> None:
+    found = fit(source, seen, ratio=0.4, format=format, weights=False)
+    assert make_target(source, found.plan, format).format == format
+    assert found.nbytes == plan_nbytes(found.plan, source, format) <= found.budget.nbytes
+    bits = {expert.bits for layer in found.plan.layers.values() for expert in layer.experts}
+    assert bits == ({16} if format == "stock" else bits & {4, 8})
+    assert len({len(layer.experts) for layer in found.plan.layers.values()}) == 1
 
 
 def test_memory_counts_the_cache(source, seen) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, NoReturn
 
-from moekit.errors import BudgetError
+from moekit.errors import BudgetError, PlanError
 from moekit.plan.budget import Budget, Size, budget_of
 from moekit.plan.calibrate import best_ranking, calibrated, rescaled, typical_weights
 from moekit.plan.candidates import Candidate, distinct, rival, rows_kept, single_methods, solved
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 SINGLES = 10
 """Single-method plans measured, those of least predicted loss."""
+ANYTHING = ("auto", "moekit")
+"""Formats that can express every plan; the others are left with single methods."""
 ROUNDS = 2
 """Times the solver runs again with the balance of dropping and rounding that the measurements suggest."""
 Progress = Callable[[str, int, int], None]
@@ -70,6 +72,7 @@ def fit(
     precisions: Sequence[Precision] = PRECISIONS,
     weights: bool = True,
     rivals: Mapping[str, Plan] | None = None,
+    format: str = "auto",
     progress: Progress | None = None,
 ) -> FitResult:
     """Choose what to keep of every layer, and at how many bits, to lose least within a budget.
@@ -81,6 +84,8 @@ def fit(
         precisions: (bits, group size) pairs an expert may have.
         weights: False reads headers only, and takes the rounding error of normally distributed weights.
         rivals: plans of other methods to compare with, by name; those over the budget are left out.
+        format: the output format; one that cannot say everything ("stock", "compressed-tensors") leaves only the plans
+            that it can.
         progress: told (what, done, total).
 
     Raises:
@@ -96,12 +101,12 @@ def fit(
     for index, layer in enumerate(layers):
         costs.append(layer_cost(source, layer, profile.layers[layer.name], precisions, weights=weights))
         tell("weighing layers", index + 1, len(layers))
-    search = _Search(source, costs, budget, evaluate, tell)
+    search = _Search(source, costs, budget, evaluate, format, tell)
     best, ranked, curve = search.run(rivals or {})
     plan = replace(best.plan, profile=profile.fingerprint)
     return FitResult(
         plan=plan,
-        nbytes=plan_nbytes(plan, source),
+        nbytes=plan_nbytes(plan, source, format),
         source_nbytes=search.source_nbytes,
         budget=budget,
         predicted=best.predicted,
@@ -116,9 +121,16 @@ class _Search:
     headers of the files included."""
 
     def __init__(
-        self, source: Checkpoint, costs: Sequence[LayerCost], budget: Budget, evaluate: Evaluate | None, tell: Progress
+        self,
+        source: Checkpoint,
+        costs: Sequence[LayerCost],
+        budget: Budget,
+        evaluate: Evaluate | None,
+        format: str,
+        tell: Progress,
     ) -> None:
-        self.source, self.costs, self.budget, self.evaluate, self.tell = source, costs, budget, evaluate, tell
+        self.source, self.costs, self.budget = source, costs, budget
+        self.evaluate, self.format, self.tell = evaluate, format, tell
         self.source_nbytes = source_nbytes(source)
         self.rest = fixed_nbytes(source)
         self.room = budget.nbytes - self.rest
@@ -131,12 +143,12 @@ class _Search:
         weights = typical_weights(self.costs)
         if self.evaluate is not None:
             weights = calibrated(self.costs, key, rankings[0], self.evaluate)
-        solvable = self._leave_room_for_headers(weights, rankings[0])
-        found: list[Candidate] = []
-        if solvable:
-            singles = single_methods(self.costs, weights, rankings[:3], self.room, key)
-            found += solved(self.costs, weights, rankings[:2], self.room, key)
-            found += sorted(singles, key=lambda one: one.predicted)[:SINGLES]
+        solvable = self.format in ANYTHING and self._leave_room_for_headers(weights, rankings[0])
+        singles = (
+            one for one in single_methods(self.costs, weights, rankings[:3], self.room, key) if self._fits(one.plan)
+        )
+        found = list(solved(self.costs, weights, rankings[:2], self.room, key)) if solvable else []
+        found += sorted(singles, key=lambda one: one.predicted)[:SINGLES]
         found += self._as_stored(weights, rankings) if quantised else []
         found += [rival(name, plan) for name, plan in rivals.items() if self._fits(plan)]
         ranked = self._measured(distinct(found))
@@ -170,14 +182,20 @@ class _Search:
         """Best first; by prediction where nothing can be measured."""
         judged = []
         for index, one in enumerate(candidates):
-            if self.evaluate is not None and one.measured is None:
+            if one.measured is None and not self._fits(one.plan):
+                continue
+            if one.measured is None and self.evaluate is not None:
                 one = replace(one, measured=self.evaluate(one.plan))
             judged.append(one)
             self.tell("measuring plans", index + 1, len(candidates))
-        return sorted((one for one in judged if self._fits(one.plan)), key=lambda one: one.loss)
+        return sorted(judged, key=lambda one: one.loss)
 
     def _fits(self, plan: Plan) -> bool:
-        return plan_nbytes(plan, self.source) <= self.budget.nbytes
+        """Whether the output is small enough; False too where the format cannot express the plan."""
+        try:
+            return plan_nbytes(plan, self.source, self.format) <= self.budget.nbytes
+        except PlanError:
+            return False
 
     def _leave_room_for_headers(self, weights: Weights, ranking: str) -> bool:
         """Headers are only estimated so far: a first solution tells what they, and all else, really take. False where
@@ -186,7 +204,7 @@ class _Search:
             found = next(solved(self.costs, weights, [ranking], self.room, self.source.fingerprint), None)
             if found is None:
                 return False
-            exact = plan_nbytes(found.plan, self.source)
+            exact = plan_nbytes(found.plan, self.source, self.format)
             self.rest = exact - found.nbytes
             if exact <= self.budget.nbytes:
                 return True

@@ -3,8 +3,8 @@
 Setting: the embedded model; Python, prose, C headers and arithmetic. For each seed: profile 8 KB of each domain's
 calibration split, then for each ratio of bytes to remove let `fit` choose, its measurements taken on the profile's own
 held-out pieces of the calibration split. Every single method gets the same budget: pruning by frequency, router
-probability, REAP and EASY-EP, merging by M-SMoE, rounding at 8, 4, 3 and 2 bits, and each pruning method followed by
-rounding at 8 or at 4 bits, with the most experts per layer that fit. All are then compared on 2 KB of each
+probability, REAP and EASY-EP, merging by M-SMoE, rounding at 8, 4, 3 and 2 bits, and each pruning or merging
+method followed by each rounding, with the most experts per layer that fit. All are then compared on 2 KB of each
 domain's test split, which nothing had seen: KL divergence from the source in nats per token.
 
 Rule, written before the first run. `shown` if and only if at no ratio any single method is better than `fit` beyond
@@ -125,7 +125,7 @@ def single_plans(source: Checkpoint, seen: Profile, budget: int) -> Iterator[tup
             yield spec, plan
     layer = source.moe_layers[0]
     for name in (*PRUNING, "m-smoe"):
-        for rounding in ((), ("rtn:bits=8",), ("rtn:bits=4",)):
+        for rounding in ((), *((spec,) for spec in ROUNDING)):
             best: Plan | None = None
             low, high = layer.top_k, layer.num_experts - 1
             while low <= high:
