@@ -4,6 +4,17 @@ import pytest
 from commanding import call, make_model, tree
 
 from moekit import lab
+from moekit.plan import reload_check
+
+
+@pytest.fixture(autouse=True)
+def _reload_here(monkeypatch):
+    """Outputs are loaded again in this process; that a new one loads them too is tested in tests/plan."""
+
+    def reload(folder, *, with_moekit):
+        return {"how": "loaded in this process", **reload_check.check(str(folder))}
+
+    monkeypatch.setattr("moekit.plan.apply.reload_in_fresh_process", reload)
 
 
 @pytest.fixture(scope="session")

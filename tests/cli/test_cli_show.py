@@ -39,8 +39,15 @@ def test_tables_keep_what_looks_like_markup(capsys):
 def test_progress_is_silent_when_piped(capsys):
     with _show.progress("work") as advance:
         advance(1, 2)
-    _show.note("remark")
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("on", "said"), [(True, "after\n"), (False, "before\nafter\n")])
+def test_silence(capsys, on, said):
+    with _show.silenced(on):
+        _show.say("before")
+    _show.say("after")
+    assert capsys.readouterr().out == said
 
 
 CURVE = [(1000 * i, 1.0 / i) for i in range(1, 60)]
@@ -85,3 +92,17 @@ def test_a_stale_page_is_found(tmp_path):
     (tmp_path / "cli.md").write_text("by hand")
     (tmp_path / "systems.md").unlink()
     assert docs.stale(tmp_path) == ["cli.md", "systems.md"]
+
+
+def test_a_watched_runner_gives_what_the_runner_gives():
+    class Runner:
+        model = "model"
+
+        def forward(self, batches, on_layer):
+            for done, batch in enumerate(batches, 1):
+                on_layer(done, len(batches))
+                yield batch * 2
+
+    watched = _show.Watched(Runner(), "run")
+    assert watched.model == "model"
+    assert list(watched.forward([1, 2])) == [2, 4]

@@ -1,11 +1,12 @@
 """What a person or a program sees: tables and JSON on standard output, progress on standard error."""
 
+import io
 import json
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
 from rich.console import Console
@@ -34,10 +35,11 @@ def say(*lines: str) -> None:
         console.print(line, markup=False)
 
 
-def note(line: str) -> None:
-    """A remark on standard error where a person watches; silent where it is piped."""
-    if sys.stderr.isatty():
-        sys.stderr.write(f"{line}\n")
+@contextmanager
+def silenced(on: bool) -> Iterator[None]:
+    """While it lasts nothing reaches standard output, if `on`: what follows is one JSON document."""
+    with redirect_stdout(io.StringIO()) if on else nullcontext():
+        yield
 
 
 def emit(data: Any) -> None:
@@ -118,3 +120,15 @@ def progress(label: str) -> Iterator[Advance]:
         yield advance
     finally:
         bar.stop()
+
+
+class Watched:
+    """A runner whose passes show a progress bar; it is one itself."""
+
+    def __init__(self, runner: Any, label: str) -> None:
+        self.runner, self.model, self.label = runner, runner.model, label
+
+    def forward(self, batches: Sequence[Any]) -> Iterator[Any]:
+        """As the runner's own; layers, or batches in memory, move the bar."""
+        with progress(self.label) as advance:
+            yield from self.runner.forward(batches, on_layer=advance)

@@ -1,6 +1,5 @@
 """`moekit demo`: the main job from end to end, on the model in the package."""
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +13,7 @@ from moekit.cli.inspect import inspect
 
 if TYPE_CHECKING:
     from moekit.checkpoint import Checkpoint
+    from moekit.profile import Profile
 
 MODEL = "moekit:mini"
 CALIBRATION_BYTES, TEST_BYTES, EXAMPLES = 8_192, 8_192, 100
@@ -34,59 +34,59 @@ def demo(
       moekit demo --output out/demo
     """
     check_output(output, overwrite)
-    from moekit import lab
+    with _show.silenced(as_json):
+        found = run(output, ratio, overwrite)
+    if as_json:
+        _show.emit(found)
+
+
+def run(output: Path, ratio: float, overwrite: bool) -> dict[str, Any]:
+    """Every step in turn, shown as it goes; returns the receipt and the figures before and after."""
     from moekit.checkpoint import Checkpoint
     from moekit.plan import apply
     from moekit.plan.verify import verify
+
+    output.mkdir(parents=True, exist_ok=True)
+    smaller, curve = output / "model", output / "curve.html"
+    checkpoint = Checkpoint.open(MODEL)
+    _show.say("== 1. inspect ==", "")
+    inspect(MODEL)
+    _show.say("", "== 2. profile ==", "")
+    seen = _profiled(checkpoint, output, overwrite)
+    _show.say("", f"== 3. fit: remove {ratio:.0%} of its bytes ==", "")
+    result, judge = search(checkpoint, seen, {"ratio": ratio})
+    _curve.write(result.curve, result.nbytes, curve, f"{MODEL}: size against predicted loss")
+    _show.say(result.describe(), "")
+    with _show.progress("apply") as advance:
+        receipt = apply(checkpoint, result.plan, smaller, text=judge, overwrite=overwrite, progress=advance)
+    _receipt.show(receipt, smaller)
+    _show.say("", "== 4. verify ==", "")
+    with _show.progress("verify") as advance:
+        report = verify(smaller, checkpoint, progress=advance)
+    report.require()
+    _show.say(f"{report.tensors} tensors recomputed from source and plan: all equal")
+    _show.say("", "== 5. before and after, on text and tasks that nothing was fitted to ==", "")
+    before, after = measure(checkpoint), measure(Checkpoint.open(smaller))
+    sizes = [_show.gigabytes(receipt.nbytes[key]) for key in ("before", "after")]
+    rows = [(name, f"{value:.3f}", f"{after[name]:.3f}") for name, value in before.items()]
+    _show.table(("", "before", "after"), [("size", *sizes), *rows])
+    _show.say("", f"report: {output / 'report.html'}", f"curve: {curve}", f"model: {smaller}")
+    return {"output": output, "receipt": _receipt.as_dict(receipt, smaller), "before": before, "after": after}
+
+
+def _profiled(checkpoint: "Checkpoint", output: Path, overwrite: bool) -> "Profile":
+    from moekit import lab
     from moekit.profile import profile
 
-    if output.exists():
-        shutil.rmtree(output)
-    output.mkdir(parents=True)
-    checkpoint = Checkpoint.open(MODEL)
-    _heading(as_json, "1. inspect")
-    if not as_json:
-        inspect(MODEL)
-    _heading(as_json, "2. profile")
     texts = {domain: [lab.text(domain, "calibration", CALIBRATION_BYTES)] for domain in lab.DOMAINS}
     with _show.progress("profile") as advance:
         seen = profile(_in_memory(checkpoint), texts, progress=advance)
-    seen.save(output / "mini.profile")
+    seen.save(output / "mini.profile", overwrite=overwrite)
     seen.report(output / "report.html")
-    if not as_json:
-        for part in seen.tables():
-            _show.table(part.columns, part.rows, part.title)
-            _show.say("")
-    _heading(as_json, f"3. fit: remove {ratio:.0%} of its bytes")
-    result, judge = search(checkpoint, seen, {"ratio": ratio})
-    _curve.write(result.curve, result.nbytes, output / "curve.html", f"{MODEL}: size against predicted loss")
-    with _show.progress("apply") as advance:
-        receipt = apply(checkpoint, result.plan, output / "model", text=judge, progress=advance)
-    if not as_json:
-        _show.say(result.describe(), "")
-        _receipt.show(receipt, output / "model")
-    _heading(as_json, "4. verify")
-    with _show.progress("verify") as advance:
-        report = verify(output / "model", checkpoint, progress=advance)
-    report.require()
-    if not as_json:
-        _show.say(f"{report.tensors} tensors recomputed from source and plan: all equal")
-    _heading(as_json, "5. before and after, on text and tasks that nothing was fitted to")
-    before, after = measure(checkpoint), measure(Checkpoint.open(output / "model"))
-    if as_json:
-        _show.emit(
-            {"output": output, "receipt": _receipt.as_dict(receipt, output / "model"), "before": before, "after": after}
-        )
-        return
-    rows = [(name, f"{value:.3f}", f"{after[name]:.3f}") for name, value in before.items()]
-    sizes = [_show.gigabytes(receipt.nbytes[key]) for key in ("before", "after")]
-    _show.table(("", "before", "after"), [("size", *sizes), *rows])
-    _show.say("", f"report: {output / 'report.html'}", f"curve: {output / 'curve.html'}", f"model: {output / 'model'}")
-
-
-def _heading(silent: bool, title: str) -> None:
-    if not silent:
-        _show.say("", f"== {title} ==", "")
+    for part in seen.tables():
+        _show.table(part.columns, part.rows, part.title)
+        _show.say("")
+    return seen
 
 
 def measure(checkpoint: "Checkpoint") -> dict[str, float]:
@@ -94,7 +94,7 @@ def measure(checkpoint: "Checkpoint") -> dict[str, float]:
     from moekit import lab
     from moekit.measure import bits_per_byte, exact_match
 
-    runner = _in_memory(checkpoint)
+    runner = _show.Watched(_in_memory(checkpoint), f"measure {checkpoint.path.name}")
     tokenizer = checkpoint.tokenizer()
     texts = {domain: [lab.text(domain, "test", TEST_BYTES)] for domain in lab.TEXTS}
     scores = {f"bits per byte, {d}": v.mean for d, v in bits_per_byte(runner, texts, tokenizer).items()}

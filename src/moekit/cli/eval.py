@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moekit.cli import _show
+from moekit.cli import _receipt, _show
 from moekit.cli._options import Device, Json, MaxRam, Model, Text
 from moekit.errors import OptionError
 
@@ -48,7 +48,7 @@ def evaluate(
     checkpoint = Checkpoint.open(model)
     tokenizer = checkpoint.tokenizer()
     texts = read_texts(text, tokenizer) if text else {}
-    runner = open_model(checkpoint, device=device, max_ram=max_ram)
+    runner = _show.Watched(open_model(checkpoint, device=device, max_ram=max_ram), f"run {model}")
     found: dict[str, Any] = {"model": model, "bits_per_byte": {}, "exact_match": {}}
     if texts:
         found["bits_per_byte"] = bits_per_byte(runner, texts, tokenizer, length=length)
@@ -63,7 +63,8 @@ def evaluate(
         return
     rows = [(f"bits per byte, {name}", str(value)) for name, value in found["bits_per_byte"].items()]
     rows += [(f"exact match, {name}", str(value)) for name, value in found["exact_match"].items()]
-    rows += [(f"{name} against {against}", f"{value:.4g}") for name, value in found.get("divergence", {}).items()]
+    if against:
+        rows += [(f"{name}, against {against}", value) for name, value in _receipt.divergence(found["divergence"])]
     _show.table((model, "mean [95 % interval]"), rows)
 
 

@@ -86,22 +86,30 @@ def fit(
         _show.say("")
     receipt = None
     if output is not None and not dry_run:
-        from moekit.plan import apply
-
-        with _show.progress(f"apply to {model}") as advance:
-            receipt = apply(
-                checkpoint,
-                result.plan,
-                output,
-                text=checked or judge or None,
-                max_ram=max_ram,
-                format=format,
-                materialise=materialise,
-                overwrite=overwrite,
-                device=device,
-                progress=advance,
-            )
+        receipt = _carry_out(
+            checkpoint,
+            result,
+            output,
+            text=checked or judge or None,
+            format=format,
+            materialise=materialise,
+            overwrite=overwrite,
+            max_ram=max_ram,
+            device=device,
+        )
     _report(result, receipt, output, as_json)
+
+
+def _carry_out(checkpoint: Any, result: "FitResult", output: Path, **options: Any) -> "Receipt":
+    """Apply the plan, then compute every tensor again and compare; VerificationError where they differ."""
+    from moekit.plan import apply
+    from moekit.plan.verify import verify
+
+    with _show.progress(f"apply to {checkpoint.path.name}") as advance:
+        receipt = apply(checkpoint, result.plan, output, progress=advance, **options)
+    with _show.progress(f"verify {output}") as advance:
+        verify(output, checkpoint, max_ram=options["max_ram"], device=options["device"], progress=advance).require()
+    return receipt
 
 
 def search(
@@ -151,6 +159,7 @@ def _report(result: "FitResult", receipt: "Receipt | None", output: Path | None,
         )
     elif receipt is not None and output is not None:
         _receipt.show(receipt, output)
+        _show.say("verified: every tensor is what the source and the plan give")
         if measured is not None:
             _show.say(
                 f"loss: predicted {result.predicted:.4f}, measured {measured:.4f} nats per token on held-out text"
