@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from moekit.errors import OptionError
+from moekit.errors import CheckpointError, OptionError
 from moekit.lab._splits import SPLITS
 from moekit.lab.tasks import ABSTAIN, MARKER, TASKS, Example, Task, examples, stream, task
 from moekit.lab.texts import TEXTS, documents, passages
@@ -55,10 +55,17 @@ def text(domain: str, split: str, max_bytes: int | None = None, seed: int = 0) -
 
 
 def mini() -> Path:
-    """Return the folder of the embedded Mixture-of-Experts model, `moekit:mini`."""
-    return _DATA / "mini"
+    """Return the folder of the embedded Mixture-of-Experts model (`moekit:mini`); CheckpointError if missing."""
+    return _embedded("mini")
 
 
 def dense() -> Path:
-    """Return the folder of its dense sibling, `moekit:dense`."""
-    return _DATA / "dense"
+    """Return the folder of its dense sibling (`moekit:dense`); CheckpointError if missing."""
+    return _embedded("dense")
+
+
+def _embedded(name: str) -> Path:
+    folder = _DATA / name
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"the embedded model {name!r} is not in {_DATA}: reinstall moekit with its package data")
+    return folder
