@@ -104,15 +104,16 @@ class Cap:
         """Bytes that may still become resident, :data:`SLACK` aside; None where there is no limit."""
         return None if self.limit is None else self.limit - rss() - SLACK
 
-    def require(self, need: int, what: str) -> None:
+    def require(self, need: int, what: str, named: int | None = None) -> None:
         """Refuse now, not halfway: raise :class:`BudgetError` unless ``need`` more bytes fit.
 
-        The message names the smallest cap that works, which is what is resident already plus ``need`` and the slack.
+        The message names the smallest cap that works: what is resident already, plus the slack, plus ``need`` (or
+        ``named``, where more than ``need`` will be wanted later on).
         """
         if self.limit is None:
             return
         if max(rss() + need + SLACK, peak_rss()) > self.limit:
-            smallest = smallest_for(need)
+            smallest = smallest_for(max(need, named or 0))
             raise BudgetError(
                 f"a memory cap of {gigabytes(self.limit)} is too small: {what} needs {gigabytes(need)} beyond the "
                 f"{gigabytes(rss())} the program itself holds; the smallest cap that works is {gigabytes_up(smallest)}"

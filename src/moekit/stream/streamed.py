@@ -18,6 +18,8 @@ from moekit.stream._lockstep import Batch, walk
 from moekit.stream._skeleton import CheckpointSource, call, forget, live_skeleton
 from moekit.stream._weights import Weights, keys_under
 
+USUAL_BATCH = (4, 512)
+"""Sequences and tokens of the batch that is reckoned with before any is known."""
 MAX_THREADS = 2048
 """Threads of one pass in all: each waiting batch has one, and as many again as torch computes with."""
 
@@ -57,7 +59,8 @@ class StreamedModel:
         self._around = self._own_keys(parts.around)
         self._outside = {module: self._own_keys({name: module}) for name, module in parts.outside.items()}
         self._itemsize = self.model.dtype.itemsize
-        self.cap.require(self.weight_bytes(), "the largest layer")
+        usual = {"input_ids": torch.empty(USUAL_BATCH, dtype=torch.int64, device="meta")}
+        self.cap.require(self.weight_bytes(), "the largest layer", named=self._with_batch(usual, logits=False))
 
     def _own_keys(self, modules: dict[str, nn.Module]) -> list[str]:
         """State-dict keys that belong to the modules themselves, not to what is inside them."""
@@ -75,6 +78,11 @@ class StreamedModel:
         beside = max(map(resident, self._outside.values()), default=0) + resident(self._around)
         loading = max(map(transient, [*self._layer_keys, *self._outside.values()]), default=0)
         return beside + (2 * layer + loading + running if ahead else layer + max(loading, running))
+
+    def _with_batch(self, batch: Batch, logits: bool) -> int:
+        """The most bytes a pass of this one batch holds."""
+        running = footprint.running_bytes(self.model.config, batch, self._itemsize, logits)
+        return self.weight_bytes(running) + footprint.parked_bytes(self.model.config, batch, self._itemsize)
 
     def _groups(self, batches: Sequence[Batch], logits: bool) -> list[Sequence[Batch]]:
         """The batches that wait together, as many as fit between the layers. More groups read the layers again."""
@@ -200,9 +208,4 @@ def smallest_cap(checkpoint: Checkpoint, batch: Batch | None = None, dtype: torc
     Counts what this process holds now, the largest layer while it is loaded, and one batch between the layers.
     """
     model = StreamedModel(checkpoint, dtype=dtype)
-    if batch is None:
-        return memory.smallest_for(model.weight_bytes())
-    config, size = model.model.config, model._itemsize
-    running = footprint.running_bytes(config, batch, size, True)
-    need = model.weight_bytes(running) + footprint.parked_bytes(config, batch, size)
-    return memory.smallest_for(need)
+    return memory.smallest_for(model.weight_bytes() if batch is None else model._with_batch(batch, logits=True))
