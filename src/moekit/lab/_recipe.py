@@ -148,5 +148,5 @@ class Recipe:
 
 
 # The sibling trains half as long, on the last mixture from the start.
-_DENSE = Recipe(kind="dense", steps=1600, phases=(replace(PHASES[-1], start=0),))
+_DENSE = Recipe(kind="dense", steps=1000, phases=(replace(PHASES[-1], start=0),))
 RECIPES = {"moe": Recipe(), "dense": _DENSE}
