@@ -7,6 +7,7 @@ from moekit.plan.live import LiveLoss, live_loss, split_held_out
 from moekit.plan.planner import LayerPlanner, Method, PlannedSource, Planner, Site, Source, make_plan
 from moekit.plan.receipt import Receipt
 from moekit.plan.recombine import recombined, stored
+from moekit.plan.verify import Report, verify
 
 __all__ = [
     "FitResult",
@@ -19,6 +20,7 @@ __all__ = [
     "PlannedSource",
     "Planner",
     "Receipt",
+    "Report",
     "Site",
     "Source",
     "StoredExpert",
@@ -29,4 +31,5 @@ __all__ = [
     "recombined",
     "split_held_out",
     "stored",
+    "verify",
 ]

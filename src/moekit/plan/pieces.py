@@ -194,9 +194,12 @@ def _activation(gated: bool) -> Activation:
     return SILU_MUL if gated else Activation("ungated", torch.nn.functional.relu, gated=False)
 
 
-def transient(checkpoint: Checkpoint, target: LayerTarget) -> int:
-    """Bytes that rebuilding one expert takes beside the output: its parts, their sum and the rounding in float32."""
+def rebuilding_bytes(checkpoint: Checkpoint, target: LayerTarget, made: Mapping[str, Lazy]) -> int:
+    """Most memory that rebuilding a layer's experts takes at once: what is made (twice where it is stacked after it was
+    computed), and one expert with its parts, their sum and the rounding in float32."""
     shape = target.layer.shape
     numel = (3 if shape.gated else 2) * shape.hidden_size * shape.intermediate_size
     parts = max(len(expert.parts) for expert in target.experts if expert is not None)
-    return numel * (_dtype(checkpoint, target.layer, "down").itemsize * (parts + 2) + 24)
+    one = numel * (_dtype(checkpoint, target.layer, "down").itemsize * (parts + 2) + 24)
+    stacked = target.style == "dense" and any(tensor.expert is None for tensor in target.layer.expert_tensors)
+    return (2 if stacked else 1) * sum(lazy.nbytes for lazy in made.values()) + one

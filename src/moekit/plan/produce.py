@@ -132,9 +132,7 @@ class _Builder:
         else:
             experts = makers[target.style](checkpoint, target)
         if target.style != "copy":
-            self.rebuilt[unit] = 2 * sum(lazy.nbytes for lazy in experts.values()) + pieces.transient(
-                checkpoint, target
-            )
+            self.rebuilt[unit] = pieces.rebuilding_bytes(checkpoint, target, experts)
         around = router_pieces(checkpoint, target)
         self.units[unit] |= experts | around
         self.experts |= experts.keys()
