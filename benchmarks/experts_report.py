@@ -61,7 +61,8 @@ def markdown(record: dict[str, Any]) -> str:
         "# Expert kernels, side by side",
         "",
         f"{about['cpu']}, {about['threads']} threads, {about['clock']} time, {about['capability']}; "
-        f"native half-precision units: {about['native half-precision units']}; torch {about['torch']}, transformers {about['transformers']}; "
+        f"native half-precision units: {about['native half-precision units']}; "
+        f"torch {about['torch']}, transformers {about['transformers']}; "
         f"read bandwidth {about['read bandwidth GB/s']} GB/s. Random weights and routings. Written by `make bench`.",
         "",
         "## Forward: speed-up over the best of transformers' own backends on each shape",

@@ -77,7 +77,8 @@ def _all_rows(products: Products, x_TH: Tensor, plan: Plan) -> Tensor:
 def _rows(products: Products, x_TH: Tensor, plan: Plan, chunk: list[tuple[int, int, int]]) -> Tensor:
     """Outputs of one chunk, finished but not weighted."""
     first, last = chunk[0][1], chunk[-1][2]
-    x = x_TH if x_TH.shape[0] == last - first == 1 else x_TH.index_select(0, plan.token[first:last])
+    one = x_TH.shape[0] == 1
+    x = x_TH.expand(last - first, -1) if one else x_TH.index_select(0, plan.token[first:last])
     if len(chunk) == 1:
         rows = products.rows(chunk[0][0], x)
     else:

@@ -85,6 +85,8 @@ class Plan:
         tokens, slots = weight_TK.shape
         if not self.segments:
             return rows_SH.new_zeros(tokens, rows_SH.shape[1])
+        if tokens == 1:
+            return torch.mm(self.weights(weight_TK, rows_SH.dtype).t(), rows_SH)
         row = torch.zeros(tokens * slots, dtype=torch.long, device=rows_SH.device)
         row[self.pair] = torch.arange(self.pair.numel(), device=row.device)
         weight = weight_TK.to(rows_SH.dtype)
