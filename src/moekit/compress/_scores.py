@@ -21,9 +21,7 @@ def summed(layer: LayerProfile, statistic: str, domains: Sequence[str] = ()) -> 
 
 def per_token(layer: LayerProfile, statistic: str, domains: Sequence[str] = ()) -> np.ndarray:
     """Mean over the tokens that chose the expert; zero for an expert that nobody chose."""
-    count_E = summed(layer, "counts", domains)
-    total_E = summed(layer, statistic, domains)
-    return np.divide(total_E, count_E, out=np.zeros_like(total_E), where=count_E > 0)
+    return np.nan_to_num(layer.per_token(statistic, domains or None))
 
 
 def balanced(layer: LayerProfile, statistic: str, domains: Sequence[str]) -> np.ndarray:

@@ -19,8 +19,8 @@ from moekit.plan.layer import LayerPlan
 
 MENU = 128
 """Points of a layer's menu; where there are more, the ones that bend its curve least are left out."""
-STATES = 6_000
-"""Totals kept while layers are combined; see ``algebra.allocate``."""
+STATES, INNER_STATES = 6_000, 1_500
+"""Totals kept while layers, and the experts of one layer, are combined; see ``algebra.allocate``."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Solution:
-    """One point per layer, the totals, and the Pareto curve of (bytes of all experts and router rows, loss)."""
+    """One point per layer, the totals, and the Pareto curve of (bytes of all experts and router rows, loss), thinned to
+    ``MENU`` points."""
 
     points: Mapping[str, Point]
     nbytes: int
@@ -64,7 +65,9 @@ def solve(
     if found is None:
         return None
     points = {c.site.name: menu[i] for c, menu, i in zip(costs, menus, found.choice, strict=True)}
-    return Solution(points, found.nbytes, found.loss, found.curve, found.exact)
+    sizes, losses = (np.array(axis) for axis in zip(*found.curve, strict=True))
+    curve = tuple(found.curve[i] for i in _bends(sizes, losses))
+    return Solution(points, found.nbytes, found.loss, curve, found.exact)
 
 
 def smallest(costs: Sequence[LayerCost]) -> int:
@@ -78,7 +81,7 @@ def layer_menu(cost: LayerCost, weights: Weights, ranking: str, *, drop: bool = 
     precisions = list(cost.nbytes)
     noise = weights.noise[site.name]
     items = [[(cost.nbytes[p] + cost.row_nbytes, noise * float(cost.noise[p][e])) for p in precisions] for e in order]
-    path: list[Frontier] = list(frontiers(items, STATES))
+    path: list[Frontier] = list(frontiers(items, INNER_STATES))
     counts = counts_allowed(cost) if drop else [site.num_experts]
     lost = np.append(np.cumsum(weights.drop[site.name] * cost.drop[list(order[::-1])])[::-1], 0.0)
     nbytes = np.concatenate([path[m - 1].nbytes for m in counts])
@@ -129,16 +132,18 @@ def uniform(cost: LayerCost, weights: Weights, ranking: str, count: int, precisi
 
 def _bends(nbytes: np.ndarray, loss: np.ndarray) -> list[int]:
     """Indices of the Pareto front, thinned to ``MENU`` by leaving out, one by one, the point nearest to the line
-    between its neighbours."""
+    between its neighbours (losses on a logarithmic scale)."""
     order = np.lexsort((loss, nbytes))
     best = np.minimum.accumulate(loss[order])
     front = [int(i) for n, i in enumerate(order) if n == 0 or loss[i] < best[n - 1]]
+    height = np.log(loss + 1e-4 * loss.max() + 1e-300)  # small losses differ by factors, and so they should count
     left, right = list(range(-1, len(front) - 1)), list(range(1, len(front) + 1))
     gone = [False] * len(front)
 
     def bend(i: int) -> float:
         a, b, c = front[left[i]], front[i], front[right[i]]
-        return float(abs((nbytes[c] - nbytes[a]) * (loss[b] - loss[a]) - (nbytes[b] - nbytes[a]) * (loss[c] - loss[a])))
+        wide, near = nbytes[c] - nbytes[a], nbytes[b] - nbytes[a]
+        return float(abs(wide * (height[b] - height[a]) - near * (height[c] - height[a])))
 
     heap = [(bend(i), i) for i in range(1, len(front) - 1)]
     heapq.heapify(heap)
