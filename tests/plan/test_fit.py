@@ -14,7 +14,9 @@ from moekit import lab
 from moekit.checkpoint import Checkpoint, Writer
 from moekit.errors import BudgetError, OptionError, PlanError, ProfileError
 from moekit.plan import LayerPlan, LiveLoss, Plan, StoredExpert, fit, split_held_out
+from moekit.plan.candidates import BELIEFS
 from moekit.plan.cost import PRECISIONS, WHOLE, expected_error, layer_cost, rounding_errors
+from moekit.plan.fit import Effort
 from moekit.plan.produce import produce
 from moekit.plan.sizes import plan_nbytes, source_nbytes
 from moekit.plan.target import make_target
@@ -221,6 +223,19 @@ def test_held_out_text_is_dealt_without_overlap() -> None:
     assert [len(choose["a"]), len(judge["a"])] == [3, 2]
     assert choose["b"][0].tolist() == [0, 1, 2, 3, 4]
     assert judge["b"][0].tolist() == [5, 6, 7, 8, 9]
+
+
+def test_effort_bounds_what_is_measured(source, seen) -> None:
+    asked: list[Plan] = []
+
+    def evaluate(plan: Plan) -> float:
+        asked.append(plan)
+        return float(len(asked))
+
+    light = fit(source, seen, ratio=0.5, evaluate=evaluate, effort=Effort(1, False, 2, 0))
+    assert len(asked) <= 2 + len(BELIEFS) + 2 + 2 + 2
+    assert any(plan.layers == light.plan.layers for plan in asked[2:])
+    assert light.measured == min(one.measured for one in light.candidates)
 
 
 def test_a_plan_from_fit_says_how_it_was_made(source, seen, loss, tmp_path) -> None:

@@ -14,8 +14,6 @@ from moekit.plan.document import Plan
 from moekit.plan.planner import Evaluate
 from moekit.plan.solve import Point, Weights, counts_allowed, layer_plan, uniform
 
-SEGMENTS = 8
-"""At most so many runs of consecutive layers are probed, each twice; layers of one run share what is found."""
 PROBE: Precision = (3, 64)
 """Coarse enough that the effect stands clear of noise, fine enough to stay small."""
 
@@ -37,12 +35,13 @@ def unit_weights(costs: Sequence[LayerCost]) -> Weights:
     return Weights(dict.fromkeys(names, 1.0), dict.fromkeys(names, 1.0))
 
 
-def calibrated(costs: Sequence[LayerCost], source: str, ranking: str, evaluate: Evaluate) -> Weights:
-    """Two probes per run of layers: half of its experts dropped, and all of them rounded to ``PROBE``."""
+def calibrated(costs: Sequence[LayerCost], source: str, ranking: str, evaluate: Evaluate, segments: int = 8) -> Weights:
+    """Two probes for each of at most ``segments`` runs of consecutive layers: half of the experts dropped, and all of
+    them rounded to ``PROBE``. The layers of one run share what is found."""
     unit = unit_weights(costs)
     drop: dict[str, float] = {}
     noise: dict[str, float] = {}
-    for run in _runs(costs):
+    for run in _runs(costs, segments):
         halves = {c.site.name: uniform(c, unit, ranking, _half(c)) for c in run}
         rounded = {c.site.name: uniform(c, unit, ranking, c.site.num_experts, _probe(c)) for c in run}
         drop |= _nats(run, halves, source, evaluate)
@@ -101,8 +100,8 @@ def _nats(run: Sequence[LayerCost], points: Mapping[str, Point], source: str, ev
     return dict.fromkeys(points, measured / disturbance if disturbance > 0 else 0.0)
 
 
-def _runs(costs: Sequence[LayerCost]) -> list[Sequence[LayerCost]]:
-    size = -(-len(costs) // SEGMENTS)
+def _runs(costs: Sequence[LayerCost], segments: int) -> list[Sequence[LayerCost]]:
+    size = -(-len(costs) // segments)
     return [costs[start : start + size] for start in range(0, len(costs), size)]
 
 

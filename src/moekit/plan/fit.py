@@ -27,12 +27,24 @@ if TYPE_CHECKING:
     from moekit.checkpoint import Checkpoint
     from moekit.profile import Profile
 
-SINGLES = 10
-"""Single-method plans measured, those of least predicted loss."""
 ANYTHING = ("auto", "moekit")
 """Formats that can express every plan; the others are left with single methods."""
-ROUNDS = 2
-"""Times the solver runs again with the balance of dropping and rounding that the measurements suggest."""
+LARGE = 1_000_000_000
+"""Expert weights above which every measurement takes minutes."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured: runs of layers probed (twice each), whether rankings are tried, how many single methods
+    (those of least predicted loss), and how often the solver runs again believing what was measured."""
+
+    segments: int
+    rankings: bool
+    singles: int
+    rounds: int
+
+
+FULL, LIGHT = Effort(8, True, 10, 2), Effort(2, False, 3, 1)
 Progress = Callable[[str, int, int], None]
 
 
@@ -73,6 +85,7 @@ def fit(
     weights: bool = True,
     rivals: Mapping[str, Plan] | None = None,
     format: str = "auto",
+    effort: Effort | None = None,
     progress: Progress | None = None,
 ) -> FitResult:
     """Choose what to keep of every layer, and at how many bits, to lose least within a budget.
@@ -86,6 +99,7 @@ def fit(
         rivals: plans of other methods to compare with, by name; those over the budget are left out.
         format: the output format; one that cannot say everything ("stock", "compressed-tensors") leaves only the plans
             that it can.
+        effort: how much to measure; None for ``FULL``, or ``LIGHT`` above ``LARGE`` expert weights.
         progress: told (what, done, total).
 
     Raises:
@@ -101,7 +115,7 @@ def fit(
     for index, layer in enumerate(layers):
         costs.append(layer_cost(source, layer, profile.layers[layer.name], precisions, weights=weights))
         tell("weighing layers", index + 1, len(layers))
-    search = _Search(source, costs, budget, evaluate, format, tell)
+    search = _Search(source, costs, budget, evaluate, format, effort or _effort(source), tell)
     best, ranked, curve = search.run(rivals or {})
     plan = replace(best.plan, profile=profile.fingerprint)
     return FitResult(
@@ -116,6 +130,11 @@ def fit(
     )
 
 
+def _effort(source: Checkpoint) -> Effort:
+    weights = sum(layer.num_experts * 3 * layer.hidden_size * layer.intermediate_size for layer in source.moe_layers)
+    return LIGHT if weights > LARGE else FULL
+
+
 class _Search:
     """One search; holds what its steps share. ``room`` is the budget of experts and router rows, ``rest`` of all else,
     headers of the files included."""
@@ -127,10 +146,11 @@ class _Search:
         budget: Budget,
         evaluate: Evaluate | None,
         format: str,
+        effort: Effort,
         tell: Progress,
     ) -> None:
         self.source, self.costs, self.budget = source, costs, budget
-        self.evaluate, self.format, self.tell = evaluate, format, tell
+        self.evaluate, self.format, self.effort, self.tell = evaluate, format, effort, tell
         self.source_nbytes = source_nbytes(source)
         self.rest = fixed_nbytes(source)
         self.room = budget.nbytes - self.rest
@@ -139,23 +159,23 @@ class _Search:
         key, quantised = self.source.fingerprint, bool(self.source.scheme.config)
         if self.room < smallest(self.costs) and not quantised:
             self._too_small()
-        rankings = best_ranking(self.costs, key, self.evaluate)
+        rankings = best_ranking(self.costs, key, self.evaluate if self.effort.rankings else None)
         weights = typical_weights(self.costs)
         if self.evaluate is not None:
-            weights = calibrated(self.costs, key, rankings[0], self.evaluate)
+            weights = calibrated(self.costs, key, rankings[0], self.evaluate, self.effort.segments)
         solvable = self.format in ANYTHING and self._leave_room_for_headers(weights, rankings[0])
         singles = (
             one for one in single_methods(self.costs, weights, rankings[:3], self.room, key) if self._fits(one.plan)
         )
         found = list(solved(self.costs, weights, rankings[:2], self.room, key)) if solvable else []
-        found += sorted(singles, key=lambda one: one.predicted)[:SINGLES]
+        found += sorted(singles, key=lambda one: one.predicted)[: self.effort.singles]
         found += self._as_stored(weights, rankings) if quantised else []
         found += [rival(name, plan) for name, plan in rivals.items() if self._fits(plan)]
         ranked = self._measured(distinct(found))
         if not ranked:
             self._too_small()
         if self.evaluate is not None:
-            ranked = self._refined(ranked, weights, rankings, ROUNDS if solvable else 0)
+            ranked = self._refined(ranked, weights, rankings, self.effort.rounds if solvable else 0)
         whole = solve(self.costs, weights, rankings[0], self.room) if solvable else None
         return ranked[0], ranked, tuple((n + self.rest, loss) for n, loss in whole.curve) if whole else ()
 
