@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from applying import alias, contents, expected_logits, keep, logits, merge, mixed, plan_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import families
@@ -18,6 +20,7 @@ from moekit.checkpoint import Checkpoint
 from moekit.errors import BudgetError, CheckpointError, OptionError, OutputError, PlanError
 from moekit.plan.apply import apply
 from moekit.plan.document import Plan
+from moekit.plan.finite import finite
 from moekit.plan.layer import LayerPlan
 from moekit.plan.receipt import Receipt
 
@@ -253,7 +256,17 @@ def test_a_cap_below_the_need_names_one_that_works(tmp_path: Path) -> None:
     smallest = re.search(r"works is (\S+)", str(refusal.value))[1]
     receipt = apply(checkpoint, plan, tmp_path / "out", max_ram=smallest)
     assert receipt.run["max_ram_bytes"] >= receipt.run["peak_memory_bytes"]
-    assert receipt.reload["how"].startswith("dry run")  # a whole load would not fit under this cap
+
+
+def test_where_a_whole_load_does_not_fit_names_and_shapes_are_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["moekit.plan.apply"], "_PYTHON_BYTES", 10**15)
+    checkpoint = source(tmp_path)
+    for make in (keep, mixed):
+        receipt = apply(checkpoint, plan_of(checkpoint, make), tmp_path / make.__name__)
+        assert receipt.reload["how"].startswith("dry run")
+        assert receipt.reload["missing_keys"] == receipt.reload["unexpected_keys"] == []
 
 
 def test_an_output_that_does_not_load_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,3 +305,19 @@ def test_text_is_measured_by_domain_or_token_ids(tmp_path: Path) -> None:
     assert unchanged.divergence["kl"] == 0
     assert unchanged.divergence["agreement"] == 1
     assert Receipt.load(tmp_path / "out") == receipt
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float64]),
+    size=st.integers(0, 50),
+    place=st.integers(0, 49),
+    bad=st.sampled_from([float("nan"), float("inf"), float("-inf")]),
+)
+def test_every_value_that_is_not_finite_is_seen(dtype: torch.dtype, size: int, place: int, bad: float) -> None:
+    tensor = torch.linspace(-3, 3, size).to(dtype)
+    assert finite(tensor, "w") is tensor
+    if place < size and not (dtype is torch.float8_e4m3fn and bad == bad):  # float8 has no infinity, only NaN
+        tensor[place] = bad
+        with pytest.raises(CheckpointError, match=r"^w holds (NaN|infinite) values: the weights are damaged"):
+            finite(tensor, "w")

@@ -54,12 +54,10 @@ def pack_weight(weight_NK: Tensor, bits: int, group_size: int) -> dict[str, Tens
     scale = (groups.abs().amax(-1) / (top - 0.5)).to(weight_NK.dtype)
     scale = scale.clamp(min=torch.finfo(weight_NK.dtype).tiny)
     integers = (groups / scale.to(torch.float32)[..., None]).round().clamp(-top, top - 1)
-    unsigned = (integers.reshape(rows, columns) + top).to(torch.int64)
-    per_word = 32 // bits
-    shifts = torch.arange(per_word, dtype=torch.int64) * bits
-    words = (unsigned.reshape(rows, -1, per_word) << shifts).sum(-1)
-    signed = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
-    return {"weight_packed": signed, "weight_scale": scale, "weight_shape": torch.tensor([rows, columns])}
+    unsigned = (integers.reshape(rows, columns) + top).to(torch.uint8).reshape(rows, -1, 8 // bits)
+    pairs = unsigned[..., 0] if bits == 8 else unsigned[..., 0] | unsigned[..., 1] << 4
+    words = pairs.contiguous().view(torch.int32)  # little-endian: the first value has the lowest bits
+    return {"weight_packed": words, "weight_scale": scale, "weight_shape": torch.tensor([rows, columns])}
 
 
 def unpack_weight(packed: Mapping[str, Tensor], bits: int) -> Tensor:
