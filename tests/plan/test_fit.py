@@ -66,7 +66,7 @@ def seen(source: Checkpoint):
 
 @pytest.fixture(scope="module")
 def loss(source: Checkpoint, runner: LoadedModel, seen) -> LiveLoss:
-    return LiveLoss(runner.model, source, [piece for pieces in seen.held_out.values() for piece in pieces])
+    return LiveLoss(runner, source, [piece for pieces in seen.held_out.values() for piece in pieces])
 
 
 def plan_of(source: Checkpoint, layer: LayerPlan) -> Plan:

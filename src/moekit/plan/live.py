@@ -25,8 +25,6 @@ from moekit.plan.recombine import stored
 from moekit.stream import LoadedModel, open_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from moekit.checkpoint import Checkpoint
 
 KEPT_LOGITS = 100_000_000
@@ -68,22 +66,25 @@ def live_loss(
     if not chosen:
         return None
     runner = open_model(source, device=device, max_ram=max_ram, dtype=torch.float32)
-    return LiveLoss(runner.model, source, chosen) if isinstance(runner, LoadedModel) else None
+    return LiveLoss(runner, source, chosen) if isinstance(runner, LoadedModel) else None
 
 
 class LiveLoss:
     """KL divergence of a plan's output from the source, in nats per token, on fixed calibration tokens.
 
-    ``model`` is changed while plans are measured and as it was after :meth:`restore`.
+    The runner's model is changed while plans are measured and as it was after :meth:`restore`.
     """
 
-    def __init__(self, model: PreTrainedModel, source: Source, sequences: Sequence[np.ndarray]) -> None:
-        self._model, self._source = model, source
-        self._blocks: dict[str, MoEBlock] = {block.name: block for block in blocks(model)}
+    def __init__(self, runner: LoadedModel, source: Source, sequences: Sequence[np.ndarray]) -> None:
+        self._runner, self._source = runner, source
+        self._blocks: dict[str, MoEBlock] = {block.name: block for block in blocks(runner.model)}
         self._now: dict[str, LayerPlan] = {}
         self._masks: dict[str, Edit] = {}
         self._batches = list(_batches(sequences))
-        self._step = max(1, -(-sum(b.numel() for b in self._batches) * _vocabulary(model) // KEPT_LOGITS))
+        self._step = max(
+            1,
+            -(-sum(b.numel() for b in self._batches) * runner.model.config.get_text_config().vocab_size // KEPT_LOGITS),
+        )
         self._reference = [self._log_probability(batch) for batch in self._batches]
         self.evaluations = 0
 
@@ -122,9 +123,8 @@ class LiveLoss:
             self._masks[block.name] = block.mask(sorted(live)).attach()
         self._now[block.name] = plan
 
-    @torch.no_grad()
     def _log_probability(self, batch: Tensor) -> Tensor:
-        logits = self._model(input_ids=batch.to(self._model.device), use_cache=False).logits
+        (logits,) = self._runner.forward([{"input_ids": batch}])
         kept = logits[:, :-1].reshape(-1, logits.shape[-1])[:: self._step]
         return kept.float().log_softmax(-1).cpu()
 
@@ -155,7 +155,3 @@ def _batches(sequences: Sequence[np.ndarray]) -> Any:
         if length > 1:
             for start in range(0, len(rows), BATCH):
                 yield torch.from_numpy(np.stack(rows[start : start + BATCH]).astype(np.int64))
-
-
-def _vocabulary(model: PreTrainedModel) -> int:
-    return int(model.get_output_embeddings().weight.shape[0])

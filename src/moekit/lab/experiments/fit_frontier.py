@@ -91,11 +91,11 @@ class Trial:
             tokenizer=self.tokenizer,
             seed=seed,
         )
-        choosing = LiveLoss(self.runner.model, self.source, _some(seen.held_out))
+        choosing = LiveLoss(self.runner, self.source, _some(seen.held_out))
         chosen = {f"{ratio:g}": fit(self.source, seen, ratio=ratio, evaluate=choosing) for ratio in ratios}
         choosing.restore()
         tests = [self._text(domain, "test", TEST_BYTES, seed) for domain in self.draws]
-        judging = LiveLoss(self.runner.model, self.source, self._rows(tests))
+        judging = LiveLoss(self.runner, self.source, self._rows(tests))
         losses: dict[str, Losses] = {}
         for ratio, result in chosen.items():
             losses[ratio] = {"fit": judging(result.plan)}
