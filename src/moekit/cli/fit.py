@@ -77,7 +77,7 @@ def fit(
     checked = held_out(aside, checkpoint) if aside else None
     seen = observed(checkpoint, model, profile, text, max_tokens=max_tokens, max_ram=max_ram, device=device)
     budget = {"size": size, "memory": memory, "context": context, "ratio": ratio}
-    result, judge = search(checkpoint, seen, budget, device=device, max_ram=max_ram)
+    result, judge = search(checkpoint, seen, budget, format=format, device=device, max_ram=max_ram)
     if curve is not None:
         _curve.write(result.curve, result.nbytes, curve, f"{model}: size against predicted loss")
     if not as_json:
@@ -113,7 +113,13 @@ def _carry_out(checkpoint: Any, result: "FitResult", output: Path, **options: An
 
 
 def search(
-    checkpoint: Any, seen: Any, budget: dict[str, Any], *, device: str = "auto", max_ram: str | None = None
+    checkpoint: Any,
+    seen: Any,
+    budget: dict[str, Any],
+    *,
+    format: str = "auto",
+    device: str = "auto",
+    max_ram: str | None = None,
 ) -> tuple["FitResult", Any]:
     """The solver's result, and the tokens kept aside that had no part in it.
 
@@ -131,6 +137,7 @@ def search(
             seen,
             evaluate=evaluate,
             weights=not remote,
+            format=format,
             progress=lambda what, done, total: advance(done, total),
             **budget,
         )
