@@ -144,11 +144,16 @@ def test_headers_rows_and_results_agree():
 
 
 def test_page_shows_every_row_and_the_figures(package):
-    result = {"key": "easy-ep", "verdict": "shown", "figures": {"loss": {"mean": 0.51239}, "draws": 8}}
+    result = {
+        "key": "easy-ep",
+        "verdict": "shown",
+        "figures": {"loss": {"mean": 0.51239, "low": 0.5, "high": 1, "n": 3}, "draws": 8},
+    }
     (package / "data" / "results" / "easy-ep.json").write_text(json.dumps(result))
     text = systems.page(*join(package))
     assert all(f"| {row.n} | `{row.key}` |" in text for row in systems.records())
-    assert "| loss.mean | 0.5124 |" in text
+    assert "| loss | 0.5124 [0.5, 1] |" in text
+    assert "| draws | 8 |" in text
     assert "### easy-ep (shown)" in text
     assert "| shown | 1 |" in text
     assert "| planned | 181 |" in text

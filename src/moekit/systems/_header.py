@@ -32,8 +32,8 @@ class Header:
 
     @property
     def number(self) -> int | None:
-        """The row of the catalogue that the Paper field claims by `(n 17)`."""
-        found = re.search(r"\(n (\d+)\)", self.fields.get("Paper", ""))
+        """The row of the catalogue that the Paper field claims by `(n 17)` or `(n 17, arXiv ...)`."""
+        found = re.search(r"\(n (\d+)[,)]", self.fields.get("Paper", ""))
         return int(found.group(1)) if found else None
 
     @property

@@ -12,7 +12,6 @@ _MEANING = {
     "shown": "the experiment ran and the claim holds at our scale",
     "not-shown": "the experiment ran and the claim does not hold at our scale",
 }
-_SCALARS = (str, int, float, bool)
 
 
 def page(rows: list[Record], others: list[Header]) -> str:
@@ -56,15 +55,21 @@ def _entry(row: Record) -> list[str]:
 
 
 def flat(figures: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested figures as `a.b.c: value` lines, numbers with four significant digits."""
+    """Nested figures as `a.b: value` lines, numbers with four significant digits, an interval as mean [low, high]."""
     lines: dict[str, str] = {}
+    if figures.keys() >= {"mean", "low", "high"}:
+        mean, low, high = (_number(figures[key]) for key in ("mean", "low", "high"))
+        lines[prefix.rstrip(".") or "mean"] = f"{mean} [{low}, {high}]"
+        figures = {key: value for key, value in figures.items() if key not in ("mean", "low", "high", "n")}
     for name, value in figures.items():
         if isinstance(value, dict):
             lines |= flat(value, f"{prefix}{name}.")
-        elif isinstance(value, float):
-            lines[prefix + name] = f"{value:.4g}"
-        elif isinstance(value, _SCALARS):
-            lines[prefix + name] = str(value)
         elif isinstance(value, list) and value and all(isinstance(v, int | float) for v in value):
-            lines[prefix + name] = ", ".join(f"{v:.4g}" for v in value)
+            lines[prefix + name] = ", ".join(map(_number, value))
+        elif isinstance(value, str | int | float):
+            lines[prefix + name] = _number(value)
     return lines
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
