@@ -45,7 +45,8 @@ SHAPES = (
 """(H, I, E, k, T): hidden size, intermediate size, experts, slots per token, tokens."""
 
 DECODE_TOKENS, PREFILL_TOKENS = 8, 256
-Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+DISTINCT = 4
+"""Experts of a layer that are drawn; the others are copies, each in memory of its own (drawing all takes minutes)."""
 
 
 def empty_module(hidden: int, inner: int, experts: int, implementation: str) -> Any:
@@ -59,8 +60,9 @@ def experts_module(hidden: int, inner: int, experts: int, dtype: torch.dtype) ->
     module = empty_module(hidden, inner, experts, "grouped_mm").to(dtype).to_empty(device="cpu")
     with torch.no_grad():
         for weight in module.parameters():
-            for part in weight:
-                part.copy_(torch.randn(part.shape) / math.sqrt(part.shape[1]))
+            drawn = torch.randn(DISTINCT, *weight.shape[1:]) / math.sqrt(weight.shape[2])
+            for expert, part in enumerate(weight):
+                part.copy_(drawn[expert % DISTINCT])
     return module
 
 
@@ -78,8 +80,8 @@ def prepared(module: Any, bits: int | None) -> Any:
 
 
 def packed(module: Any, bits: int) -> PackedExperts:
-    """The first experts packed, copied to the places of all others: speed is the same, packing all takes minutes."""
-    few, experts = 4, module.num_experts
+    """The distinct experts packed, and copied to the places of all others."""
+    few, experts = DISTINCT, module.num_experts
     bank = PackedBank.quantise(DenseBank(module.gate_up_proj[:few], module.down_proj[:few]), bits, 64)
     by_expert = [{n: t for n, t in bank.tensors().items() if n.startswith(f"{e}.")} for e in range(few)]
     stored = {f"{e}.{n.split('.', 1)[1]}": t.clone() for e in range(experts) for n, t in by_expert[e % few].items()}

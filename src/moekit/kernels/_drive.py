@@ -71,7 +71,9 @@ def slots(products: Products, x_TH: Tensor, index_TK: Tensor) -> Tensor:
 def _all_rows(products: Products, x_TH: Tensor, plan: Plan) -> Tensor:
     """Outputs [S, H] of all pairs, in the order of the plan."""
     parts = [_rows(products, x_TH, plan, chunk) for chunk in plan.chunks(FEW_ROWS)]
-    return _joined(parts) if parts else x_TH.new_zeros(0, x_TH.shape[1])
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts) if parts else x_TH.new_zeros(0, x_TH.shape[1])
 
 
 def _rows(products: Products, x_TH: Tensor, plan: Plan, chunk: list[tuple[int, int, int]]) -> Tensor:
@@ -82,11 +84,8 @@ def _rows(products: Products, x_TH: Tensor, plan: Plan, chunk: list[tuple[int, i
     if len(chunk) == 1:
         rows = products.rows(chunk[0][0], x)
     else:
-        z = _joined([products.up(e, x[start - first : stop - first]) for e, start, stop in chunk])
-        h = products.activation(z)
-        rows = _joined([products.down(e, h[start - first : stop - first]) for e, start, stop in chunk])
+        experts, counts = [e for e, _, _ in chunk], [stop - start for _, start, stop in chunk]
+        z = torch.cat([products.up(e, part) for e, part in zip(experts, x.split(counts), strict=True)])
+        h = products.activation(z).split(counts)
+        rows = torch.cat([products.down(e, part) for e, part in zip(experts, h, strict=True)])
     return products.finish(rows) if products.finish else rows
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
