@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from moekit.checkpoint.skeleton import COUNT_FIELDS, GROUP_FIELDS, load_config, nested
+from moekit.checkpoint.skeleton import COUNT_FIELDS, GROUP_FIELDS, nested
 from moekit.errors import PlanError
 from moekit.plan.target import LayerTarget, Target
 
@@ -60,7 +60,7 @@ def _set_counts(checkpoint: Checkpoint, config: dict[str, Any], target: Target) 
 
 def _default_field(checkpoint: Checkpoint, config: dict[str, Any], old: int) -> tuple[dict[str, Any], str]:
     """Where to write a count that config.json leaves to the family's default."""
-    whole = load_config(checkpoint.path, dict(checkpoint.config))
+    whole = checkpoint.transformers_config
     for part in nested(whole):
         for key in COUNT_FIELDS:
             if vars(part).get(key) == old:

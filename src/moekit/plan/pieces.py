@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,7 +39,7 @@ class Together:
 
     def lazy(self, specs: Mapping[str, Tensor]) -> dict[str, Lazy]:
         """``specs``: tensors of the right dtype and shape, on the meta device."""
-        return {n: Lazy(t.dtype, tuple(t.shape), lambda n=n: self.take(n)) for n, t in specs.items()}
+        return {name: Lazy(t.dtype, tuple(t.shape), partial(self.take, name)) for name, t in specs.items()}
 
 
 def copied_experts(checkpoint: Checkpoint, target: LayerTarget) -> dict[str, Lazy]:

@@ -84,7 +84,7 @@ def layer_account(target: LayerTarget, why: str) -> dict[str, Any]:
         {"expert": expert, "became": _word(target, uses, called), **({"into": uses} if uses else {})}
         for expert, uses in into.items()
     ]
-    words = [expert["became"] for expert in experts]
+    words = [str(expert["became"]) for expert in experts]
     return {
         "why": why,
         "experts_before": target.layer.num_experts,
