@@ -81,10 +81,9 @@ class LiveLoss:
         self._now: dict[str, LayerPlan] = {}
         self._masks: dict[str, Edit] = {}
         self._batches = list(_batches(sequences))
-        self._step = max(
-            1,
-            -(-sum(b.numel() for b in self._batches) * runner.model.config.get_text_config().vocab_size // KEPT_LOGITS),
-        )
+        vocabulary = runner.model.config.get_text_config().vocab_size
+        positions = sum(batch.numel() for batch in self._batches)
+        self._step = max(1, -(-positions * vocabulary // KEPT_LOGITS))
         self._reference = [self._log_probability(batch) for batch in self._batches]
         self.evaluations = 0
 
