@@ -257,7 +257,7 @@ def test_second_moments_that_do_not_fit_are_refused_before_anything_runs(saved, 
     from moekit.profile._watch import Watch
 
     monkeypatch.setattr(Watch, "moment_bytes", lambda self: 10**12)
-    with pytest.raises(BudgetError, match="keeping the second moments of every layer needs 1000.0 GB"):
+    with pytest.raises(BudgetError, match=r"keeping the second moments of every layer needs 1000\.0 GB"):
         profile(saved, texts, max_ram="8GB", statistics=["expert_moments"])
 
 

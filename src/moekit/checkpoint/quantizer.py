@@ -123,6 +123,8 @@ class MoekitQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         mask_rows(model, self.quantization_config.layers)
+        # Packed experts have no backward; a plain ``model(x)`` must run all the same.
+        model.requires_grad_(False)
         return model
 
     def is_serializable(self) -> bool:
