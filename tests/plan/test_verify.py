@@ -19,7 +19,7 @@ from torch import Tensor
 from checkpoint import miniatures
 from moekit.checkpoint import Checkpoint
 from moekit.checkpoint.shards import sha256
-from moekit.errors import CheckpointError, OutputError, VerificationError
+from moekit.errors import BudgetError, CheckpointError, OutputError, VerificationError
 from moekit.plan.apply import apply
 from moekit.plan.verify import verify
 
@@ -262,3 +262,8 @@ def test_text_measures_the_divergence_again(made: Path, tmp_path: Path) -> None:
     text = ["some text that nobody profiled"]
     told = apply(source, plan_of(source, mixed), tmp_path / "out", text=text).divergence
     assert verify(tmp_path / "out", source, text).divergence == told
+
+
+def test_a_cap_below_the_need_is_refused(made: Path) -> None:
+    with pytest.raises(BudgetError, match=r"computing .* again needs .* the smallest cap that works is"):
+        verify(made / "keep", made / "source", max_ram="50MB")

@@ -5,7 +5,6 @@ The first line is the job. A line torn by a crash is dropped on reopening, so th
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -13,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from moekit.errors import OutputError
+
+try:
+    import fcntl
+except ImportError:  # Windows: no advisory locks, and folders cannot be flushed
+    fcntl = None  # type: ignore[assignment]
 
 NAME = "journal.jsonl"
 
@@ -23,7 +27,9 @@ def canonical(value: Any) -> str:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make creations and renames inside ``folder`` durable."""
+    """Make creations and renames inside ``folder`` durable, where the system can."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -64,7 +70,8 @@ class Journal:
         path = folder / NAME
         self._file = path.open("a+b")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._file.close()
             raise OutputError(f"{folder} is being written by another process; wait for it or stop it") from None

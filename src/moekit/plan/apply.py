@@ -17,6 +17,7 @@ import moekit
 from moekit.checkpoint import Checkpoint, Writer
 from moekit.checkpoint.companions import companion_files
 from moekit.errors import OutputError, PlanError
+from moekit.measure import Windows
 from moekit.plan import held_out, receipt
 from moekit.plan.card import model_card
 from moekit.plan.document import Plan
@@ -68,12 +69,12 @@ def apply(
     cap = memory.cap(max_ram)
     production = produce(checkpoint, plan, format, materialise)
     _check_loadable(checkpoint, production)
-    largest = max(production.units, key=lambda unit: unit.working_bytes)
-    cap.require(largest.working_bytes, f"rewriting {largest.name}")
+    windows = None if text is None else held_out.cut(checkpoint, text)
+    _require(cap, checkpoint, production, windows)
     job = _job(checkpoint, plan, production, materialise)
     with Writer(output, source=checkpoint, job=job, overwrite=overwrite) as writer:
         run = _Run(checkpoint, plan, production, writer, cap, device)
-        recording = run.record(text) if text is not None else None
+        recording = run.record(windows) if windows is not None else None
         run.write(progress)
         run.seal()
         return run.finish(job, recording, started)
@@ -88,6 +89,18 @@ def _job(checkpoint: Checkpoint, plan: Plan, production: Production, materialise
         "moekit": moekit.__version__,
         "torch": torch.__version__,
     }
+
+
+def _require(cap: memory.Cap, checkpoint: Checkpoint, production: Production, text: Windows | None) -> None:
+    """BudgetError at once if the cap is below what the largest piece of work takes, whichever that is."""
+    if cap.limit is None:
+        return
+    largest = max(production.units, key=lambda unit: unit.working_bytes)
+    needs = {f"rewriting {largest.name}": largest.working_bytes}
+    if text is not None:
+        needs["running the source on the held-out text"] = held_out.needed_bytes(checkpoint, text)
+    what, need = max(needs.items(), key=lambda item: item[1])
+    cap.require(need, what)
 
 
 def _check_loadable(checkpoint: Checkpoint, production: Production) -> None:
@@ -116,9 +129,8 @@ class _Run:
     cap: memory.Cap
     device: str
 
-    def record(self, text: held_out.Text) -> held_out.Recording:
+    def record(self, windows: Windows) -> held_out.Recording:
         """The source's logits, before anything is written."""
-        windows = held_out.cut(self.checkpoint, text)
         recording = held_out.Recording(self.writer.scratch("held-out"), windows, self.checkpoint.fingerprint)
         held_out.record_source(self.checkpoint, recording, device=self.device, max_ram=self.cap)
         memory.trim()

@@ -19,8 +19,8 @@ from moekit.checkpoint.reader import Reader
 from moekit.checkpoint.shards import layout, write_shard
 from moekit.errors import OutputError, TextError
 from moekit.measure import Divergence, Windows, compare, windows
-from moekit.measure._text import pad_batches
-from moekit.stream import open_model
+from moekit.measure._text import LENGTH, pad_batches
+from moekit.stream import memory, open_model, smallest_cap
 from moekit.stream.memory import Cap
 
 if TYPE_CHECKING:
@@ -33,18 +33,23 @@ Text = Mapping[str, Iterable[Piece]] | Iterable[Piece]
 MAX_RECORDED_BYTES = 2_000_000_000
 """The source's logits take at most this much disk; text beyond it is not used, and the receipt says how much was."""
 
+_BATCH_BYTES = 64_000_000
+"""Logits of one batch, in float32: with a large vocabulary a batch is one window."""
+
 
 def cut(checkpoint: Checkpoint, text: Text) -> Windows:
     """Batches of the text. Raises TextError where nothing is left to predict."""
     pieces = [piece for part in (text.values() if isinstance(text, Mapping) else [text]) for piece in part]
     tokenizer = checkpoint.tokenizer()
+    vocabulary = checkpoint.transformers_config.get_text_config().vocab_size
+    size = max(1, min(8, _BATCH_BYTES // (LENGTH * vocabulary * 4)))
     rows = [[int(i) for i in piece] for piece in pieces if not isinstance(piece, str) and len(piece) > 1]
     documents = [piece for piece in pieces if isinstance(piece, str)]
-    batches, sizes = pad_batches(rows, tokenizer), [_bytes(row, tokenizer) for row in rows]
+    batches, sizes = pad_batches(rows, tokenizer, size), [_bytes(row, tokenizer) for row in rows]
     if documents or not rows:
-        found = windows(documents, tokenizer, what="the held-out text")
+        found = windows(documents, tokenizer, batch_size=size, what="the held-out text")
         batches, sizes = [*batches, *found.batches], [*sizes, *found.num_bytes]
-    return _within(batches, sizes, checkpoint.transformers_config.get_text_config().vocab_size)
+    return _within(batches, sizes, vocabulary)
 
 
 def _bytes(row: Sequence[int], tokenizer: Any) -> float:
@@ -117,6 +122,12 @@ class Replay:
 
     def forward(self, batches: Sequence[dict[str, Tensor]]) -> Iterator[Tensor]:
         return self._open().forward(batches)
+
+
+def needed_bytes(checkpoint: Checkpoint, text: Windows) -> int:
+    """Memory that running the source on the text takes, layer by layer, beyond what is resident now."""
+    widest = max(text.batches, key=lambda batch: batch["input_ids"].numel())
+    return smallest_cap(checkpoint, widest) - memory.rss() - memory.SLACK
 
 
 def record_source(

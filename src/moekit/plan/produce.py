@@ -132,7 +132,8 @@ class _Builder:
         else:
             experts = makers[target.style](checkpoint, target)
         if target.style != "copy":
-            self.rebuilt[unit] = pieces.rebuilding_bytes(checkpoint, target, experts)
+            more = pieces.rebuilding_bytes(checkpoint, target, experts)
+            self.rebuilt[unit] = self.rebuilt.get(unit, 0) + more  # two MoE modules of one layer are rebuilt together
         around = router_pieces(checkpoint, target)
         self.units[unit] |= experts | around
         self.experts |= experts.keys()

@@ -75,7 +75,8 @@ def verify(
         plan: the plan to hold the output to; the one that lies in the output if None.
 
     Raises:
-        OutputError: ``output`` is no folder. CheckpointError: the source cannot be read.
+        OutputError: ``output`` is no folder. CheckpointError: the source cannot be read. BudgetError: the cap is too
+            small for the largest unit.
     """
     folder = Path(output)
     if not folder.is_dir():
@@ -85,6 +86,8 @@ def verify(
     check = _Check(folder, source)
     production = check.prepare(plan)
     if production is not None:
+        largest = max(production.units, key=lambda unit: unit.working_bytes)
+        cap.require(largest.working_bytes, f"computing {largest.name} again")
         check.config(production)
         check.tensors(production, progress)
         check.companions()
