@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def dry_load(folder: Path, specs: Specs) -> dict[str, Any]:
     config = AutoConfig.from_pretrained(folder)
     dtype = config.dtype or torch.float32
     try:
-        model, quantizer = _skeleton(config, dtype)
+        with _quiet():
+            model, quantizer = _skeleton(config, dtype)
     except (ImportError, RuntimeError, ValueError) as error:
         if getattr(config, "quantization_config", None) is None:
             raise
@@ -84,12 +86,13 @@ def _skeleton(config: PretrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedM
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and no reports for a load that loads nothing."""
+    """No progress bars (quantisers draw their own, on stderr) and no reports for a load that loads nothing."""
     bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
         transformers_logging.set_verbosity(level)
         if bars:
