@@ -1,5 +1,7 @@
 """A tiny model on disk, some text, and a profile of it, made once."""
 
+import importlib
+
 import pytest
 from commanding import call, make_model, tree
 
@@ -14,7 +16,8 @@ def _reload_here(monkeypatch):
     def reload(folder, *, with_moekit):
         return {"how": "loaded in this process", **reload_check.check(str(folder))}
 
-    monkeypatch.setattr("moekit.plan.apply.reload_in_fresh_process", reload)
+    # By module: `moekit.plan.apply` as an attribute is the function of that name.
+    monkeypatch.setattr(importlib.import_module("moekit.plan.apply"), "reload_in_fresh_process", reload)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Every command does what it says: for people a table, for programs one JSON document, with the same figures."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -232,3 +233,20 @@ def test_what_is_no_user_error_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("moekit.systems.records", fail)
     with pytest.raises(OSError, match="Input/output"):
         call("systems")
+
+
+def test_demo_goes_through_and_keeps_what_is_not_its_own(monkeypatch, model, tmp_path):
+    """All its steps, on the tiny model and little text."""
+    for name, value in {"MODEL": str(model), "CALIBRATION_BYTES": 600, "TEST_BYTES": 400, "EXAMPLES": 3}.items():
+        monkeypatch.setattr(importlib.import_module("moekit.cli.demo"), name, value)
+    output = tmp_path / "demo"
+    code, out, err = call("demo", "--output", output, "--ratio", "0.4")
+    assert (code, err) == (0, "")
+    assert re.findall(r"== (\d)", out) == list("12345")
+    assert f"report: {output / 'report.html'}" in out
+    assert (output / "report.html").is_file()
+    (output / "mine.txt").write_text("mine")
+    found = parsed("demo", "--output", output, "--ratio", "0.4", "--overwrite")
+    assert (output / "mine.txt").read_text() == "mine"
+    assert set(found["before"]) == set(found["after"])
+    assert found["receipt"]["nbytes"]["after"] <= 0.65 * found["receipt"]["nbytes"]["before"]

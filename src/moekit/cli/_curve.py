@@ -36,7 +36,7 @@ def show(curve: Curve, nbytes: int) -> None:
     rows = [
         (
             _show.gigabytes(size),
-            f"{loss:.4f}",
+            f"{loss:.3g}",
             "#" * round(_BAR * loss / most) + (" <" if (size, loss) == nearest else ""),
         )
         for size, loss in points
@@ -78,7 +78,7 @@ def _html(curve: Curve, nbytes: int, title: str) -> str:
         most=_show.gigabytes(right),
         low=low,
         high=high,
-        rows="".join(f"<tr><td>{_show.gigabytes(s)}</td><td>{v:.4f}</td></tr>" for s, v in _thinned(curve, 40)),
+        rows="".join(f"<tr><td>{_show.gigabytes(s)}</td><td>{v:.3g}</td></tr>" for s, v in _thinned(curve, 40)),
     )
 
 

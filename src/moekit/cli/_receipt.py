@@ -47,7 +47,7 @@ def divergence(measured: Any) -> list[tuple[str, str]]:
     """Held-out figures, source against output."""
     if not measured:
         return [("held-out text", "none given: nothing was measured")]
-    pairs = [("KL divergence", f"{measured['kl']:.4f} nats per token over {measured['tokens']} tokens")]
+    pairs = [("KL divergence", f"{measured['kl']:.3g} nats per token over {measured['tokens']} tokens")]
     pairs.append(("top-1 agreement", f"{measured['agreement']:.1%}"))
     if measured.get("bits_per_byte_source") is not None:
         before, after = measured["bits_per_byte_source"], measured["bits_per_byte_output"]

@@ -57,6 +57,8 @@ def run(output: Path, ratio: float, overwrite: bool) -> dict[str, Any]:
     result, judge = search(checkpoint, seen, {"ratio": ratio})
     _curve.write(result.curve, result.nbytes, curve, f"{MODEL}: size against predicted loss")
     _show.say(result.describe(), "")
+    _curve.show(result.curve, result.nbytes)
+    _show.say("")
     with _show.progress("apply") as advance:
         receipt = apply(checkpoint, result.plan, smaller, text=judge, overwrite=overwrite, progress=advance)
     _receipt.show(receipt, smaller)

@@ -169,5 +169,5 @@ def _report(result: "FitResult", receipt: "Receipt | None", output: Path | None,
         _show.say("verified: every tensor is what the source and the plan give")
         if measured is not None:
             _show.say(
-                f"loss: predicted {result.predicted:.4f}, measured {measured:.4f} nats per token on held-out text"
+                f"loss: predicted {result.predicted:.3g}, measured {measured:.3g} nats per token on held-out text"
             )
