@@ -15,7 +15,7 @@ from torch import Tensor
 from ..bank import Activation
 from ._plan import Plan
 
-FEW_ROWS = 6
+FEW_ROWS = 12
 """Rows of an expert below which it shares the row-wise work with its neighbours."""
 
 SMALL = 2**20

@@ -11,7 +11,7 @@ from torch import Tensor
 from ._layer import Layer
 from ._tiles import Tiles
 
-TURN_FROM, TURN_TO = 6, 128
+TURN_FROM, TURN_TO = 12, 128
 """Rows between which ``W @ x.T`` beats ``x @ W.T`` by 10-25 % (AVX-512 Xeon, MKL); on converted tiles, no upper end."""
 
 
@@ -45,7 +45,7 @@ class PlainProducts:
         converted = " on tiles converted to float32" if self._tiles.converts else ""
         if self._turns(rows):
             return f"W @ x.T{converted}"
-        return "one matrix-vector product per row" if converted and rows <= 2 else f"x @ W.T{converted}"
+        return "x @ W.T in half precision" if converted and rows == 1 else f"x @ W.T{converted}"
 
     def _turns(self, rows: int) -> bool:
         return self._tiles.on_cpu and rows >= TURN_FROM and (rows < TURN_TO or self._tiles.converts)
