@@ -13,8 +13,9 @@ JOBS ?= 2
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
+# One thread: the model is too small to gain from more, and threads that wait for a busy core cost far more than they give.
 demo: .venv/.ready
-	$(BIN)/moekit demo --output out/demo --overwrite
+	OMP_NUM_THREADS=1 $(BIN)/moekit demo --output out/demo --overwrite
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests

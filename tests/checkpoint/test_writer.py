@@ -175,7 +175,8 @@ def test_killed_at_every_rename_and_unlink(
     """Publication is a handful of renames; after a death before any of them, repeating the command gives the output."""
     write(tmp_path / "whole", source)
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("old")
+    for name in ("old", "config.json"):
+        (tmp_path / "out" / name).write_text("old")
     calls = 0
     real = {name: getattr(Path, name) for name in ("rename", "unlink")}
 
@@ -232,6 +233,15 @@ def test_existing_output_and_source_are_never_touched(tmp_path: Path, source: Fo
         Writer(source.path, source=source, job={}, overwrite=True)
     write(tmp_path / "out", source, overwrite=True)
     assert contents(source.path) == before
+
+
+def test_overwriting_replaces_models_only(tmp_path: Path, source: Folder) -> None:
+    letters = tmp_path / "letters"
+    letters.mkdir()
+    (letters / "dear.txt").write_text("keep me")
+    with pytest.raises(OutputError, match=r"letters holds something other than a model, which is never replaced"):
+        Writer(letters, source=source, job={}, overwrite=True)
+    assert contents(letters) == {"dear.txt": b"keep me"}
 
 
 def test_two_writers_of_one_output(tmp_path: Path, source: Folder) -> None:

@@ -196,6 +196,10 @@ class Writer:
                 self.output.rename(self.partial)
         if self.output.exists() and not self._overwrite:
             raise OutputError(f"{self.output} exists; pass --overwrite to replace it, or choose another output")
+        if self.output.is_dir() and any(self.output.iterdir()) and not (self.output / "config.json").is_file():
+            raise OutputError(
+                f"{self.output} holds something other than a model, which is never replaced: move it away"
+            )
 
     def _recover(self) -> None:
         """Take over finished units whose files are whole; drop everything else."""
