@@ -97,7 +97,7 @@ def split(ordered: Sequence[tuple[str, Lazy]], max_bytes: int) -> Iterator[list[
     yield run
 
 
-def _header(ordered: Iterable[tuple[str, Lazy]]) -> bytes:
+def header_of(ordered: Iterable[tuple[str, Lazy]]) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, lazy in ordered:
@@ -120,7 +120,7 @@ def write_shard(path: Path, ordered: Sequence[tuple[str, Lazy]]) -> dict[str, Wr
     """
     written = {}
     with path.open("wb") as file:
-        file.write(_header(ordered))
+        file.write(header_of(ordered))
         for name, lazy in ordered:
             tensor = lazy.make()
             made = (tensor.dtype, tuple(tensor.shape))

@@ -2,9 +2,20 @@
 
 from moekit.measure._interval import Interval
 from moekit.measure._runner import Runner
-from moekit.measure._text import Windows, windows
+from moekit.measure._text import LENGTH, Windows, pad_batches, windows
 from moekit.measure.bits import bits_per_byte
 from moekit.measure.divergence import Divergence, compare
 from moekit.measure.tasks import exact_match
 
-__all__ = ["Divergence", "Interval", "Runner", "Windows", "bits_per_byte", "compare", "exact_match", "windows"]
+__all__ = [
+    "LENGTH",
+    "Divergence",
+    "Interval",
+    "Runner",
+    "Windows",
+    "bits_per_byte",
+    "compare",
+    "exact_match",
+    "pad_batches",
+    "windows",
+]

@@ -27,7 +27,6 @@ from moekit.plan.produce import Production, produce
 from moekit.plan.receipt import Receipt
 from moekit.plan.reload import reload_in_fresh_process
 from moekit.stream import memory
-from moekit.stream.runner import _free_memory
 
 PLAN = "plan.json"
 Progress = Callable[[int, int], None]
@@ -186,7 +185,7 @@ class _Run:
         if "error" in dry:
             return self._unreadable(dry)
         need = dry["parameters"] * dry.pop("itemsize") + _PYTHON_BYTES
-        room = self.cap.limit if self.cap.limit is not None else _free_memory()
+        room = self.cap.limit if self.cap.limit is not None else memory.free_memory()
         if need < room:
             return reload_in_fresh_process(folder, with_moekit=self.production.target.format == "moekit")
         if found := problems(dry):

@@ -18,8 +18,7 @@ from moekit.checkpoint.headers import read_header
 from moekit.checkpoint.reader import Reader
 from moekit.checkpoint.shards import layout, write_shard
 from moekit.errors import OutputError, TextError
-from moekit.measure import Divergence, Windows, compare, windows
-from moekit.measure._text import LENGTH, pad_batches
+from moekit.measure import LENGTH, Divergence, Windows, compare, pad_batches, windows
 from moekit.stream import memory, open_model, smallest_cap
 from moekit.stream.memory import Cap
 

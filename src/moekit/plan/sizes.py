@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from moekit.checkpoint.shards import _header, layout, split
+from moekit.checkpoint.shards import header_of, layout, split
 from moekit.checkpoint.writer import MAX_SHARD_BYTES
 from moekit.plan.document import Plan
 from moekit.plan.produce import produce
@@ -19,7 +19,7 @@ def plan_nbytes(plan: Plan, checkpoint: Checkpoint, format: str = "auto") -> int
     total = 0
     for unit in produce(checkpoint, plan, format).units:
         for run in split(layout(unit.tensors), MAX_SHARD_BYTES):
-            total += len(_header(run)) + sum(lazy.nbytes for _, lazy in run)
+            total += len(header_of(run)) + sum(lazy.nbytes for _, lazy in run)
     return total
 
 

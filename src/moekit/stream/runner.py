@@ -17,7 +17,6 @@ from moekit.stream import memory
 from moekit.stream._lockstep import Batch
 from moekit.stream._skeleton import CheckpointSource, call, live_skeleton
 from moekit.stream._weights import Weights
-from moekit.stream.memory import free_memory as _free_memory
 from moekit.stream.streamed import StreamedModel
 
 _HEADROOM = 1.15
@@ -108,6 +107,6 @@ def open_model(
 def _available(device: torch.device, limit: memory.Cap) -> float:
     if device.type == "cuda":
         return 0.8 * torch.cuda.mem_get_info(device)[0]
-    free = _free_memory() * 0.8
+    free = memory.free_memory() * 0.8
     room = limit.room()
     return free if room is None else min(free, room / 2)
