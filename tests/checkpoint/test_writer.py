@@ -19,7 +19,7 @@ from torch import Tensor
 from moekit.checkpoint import journal, shards
 from moekit.checkpoint.shards import Lazy
 from moekit.checkpoint.writer import Writer
-from moekit.errors import OutputError
+from moekit.errors import CheckpointError, OutputError
 
 
 @dataclass
@@ -242,6 +242,13 @@ def test_overwriting_replaces_models_only(tmp_path: Path, source: Folder) -> Non
     with pytest.raises(OutputError, match=r"letters holds something other than a model, which is never replaced"):
         Writer(letters, source=source, job={}, overwrite=True)
     assert contents(letters) == {"dear.txt": b"keep me"}
+
+
+def test_a_damaged_source_leaves_nothing_behind(tmp_path: Path, source: Folder) -> None:
+    with pytest.raises(CheckpointError, match="NaN"), Writer(tmp_path / "out", source=source, job={}) as writer:
+        writer.put("layer 0", unit(0))
+        raise CheckpointError("NaN in layer 1")
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_two_writers_of_one_output(tmp_path: Path, source: Folder) -> None:

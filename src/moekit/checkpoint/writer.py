@@ -20,7 +20,7 @@ from torch import Tensor
 from moekit.checkpoint import journal
 from moekit.checkpoint.companions import companion_files
 from moekit.checkpoint.shards import Lazy, Written, layout, split, write_shard
-from moekit.errors import OutputError
+from moekit.errors import CheckpointError, OutputError
 
 MAX_SHARD_BYTES = 5_000_000_000
 """As ``save_pretrained`` does: no file above 5 GB unless a single tensor is larger."""
@@ -85,9 +85,11 @@ class Writer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._journal.close()
-        if not self._units and self.partial.is_dir():
+        # Units made from a damaged source are of no use to a later run: nothing is left of them.
+        damaged = kind is not None and issubclass(kind, CheckpointError)
+        if (damaged or not self._units) and self.partial.is_dir():
             shutil.rmtree(self.partial)
 
     @property
