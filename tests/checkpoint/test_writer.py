@@ -245,9 +245,13 @@ def test_overwriting_replaces_models_only(tmp_path: Path, source: Folder) -> Non
 
 
 def test_a_damaged_source_leaves_nothing_behind(tmp_path: Path, source: Folder) -> None:
-    with pytest.raises(CheckpointError, match="NaN"), Writer(tmp_path / "out", source=source, job={}) as writer:
-        writer.put("layer 0", unit(0))
-        raise CheckpointError("NaN in layer 1")
+    def damaged() -> None:
+        with Writer(tmp_path / "out", source=source, job={}) as writer:
+            writer.put("layer 0", unit(0))
+            raise CheckpointError("NaN in layer 1")
+
+    with pytest.raises(CheckpointError, match="NaN"):
+        damaged()
     assert not list(tmp_path.glob("*out*"))
 
 
