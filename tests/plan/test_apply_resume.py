@@ -181,10 +181,10 @@ def test_the_output_is_the_same_with_and_without_a_cap(
 def test_an_existing_output_is_kept_unless_told(case: tuple[Checkpoint, Plan, Path], tmp_path: Path) -> None:
     checkpoint, plan, _ = case
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("mine")
+    (tmp_path / "out" / "config.json").write_text("mine")
     with pytest.raises(OutputError, match=r"out exists; pass --overwrite to replace it, or choose another output"):
         apply(checkpoint, plan, tmp_path / "out")
-    assert contents(tmp_path / "out") == {"mine": b"mine"}
+    assert contents(tmp_path / "out") == {"config.json": b"mine"}
     apply(checkpoint, plan, tmp_path / "out", overwrite=True)
     assert Receipt.load(tmp_path / "out").run["resumed"] == []
 
