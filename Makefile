@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 2
 
-.PHONY: demo test lint format bench claims docs clean
+.PHONY: demo test lint format bench scale claims docs clean
 
 # torch first and alone, so that nothing else decides which build of it is installed
 .venv/.ready: pyproject.toml constraints.txt
@@ -32,8 +32,14 @@ format: .venv/.ready
 bench: .venv/.ready
 	$(BIN)/python benchmarks/experts.py
 
+# Needs 40 GB of disk in WORK.
+WORK ?= out/scale
+scale: .venv/.ready
+	$(BIN)/python benchmarks/scale.py --work $(WORK)
+
 claims: .venv/.ready
 	$(BIN)/moekit reproduce easy-ep
+	$(BIN)/python benchmarks/fit_frontier.py
 
 docs: .venv/.ready
 	$(BIN)/python -m moekit.cli.docs
