@@ -27,7 +27,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import moekit
 from moekit.formats import DenseBank, PackedBank
-from moekit.kernels import PackedExperts
+from moekit.kernels import BankExperts
 from moekit.kernels._tiles import has_units
 
 SHAPES = (
@@ -79,14 +79,14 @@ def prepared(module: Any, bits: int | None) -> Any:
     return twin, moekit.prepare(twin, bits=bits, keep=True)
 
 
-def packed(module: Any, bits: int) -> PackedExperts:
+def packed(module: Any, bits: int) -> BankExperts:
     """The distinct experts packed, and copied to the places of all others."""
     few, experts = DISTINCT, module.num_experts
     bank = PackedBank.quantise(DenseBank(module.gate_up_proj[:few], module.down_proj[:few]), bits, 64)
     by_expert = [{n: t for n, t in bank.tensors().items() if n.startswith(f"{e}.")} for e in range(few)]
     stored = {f"{e}.{n.split('.', 1)[1]}": t.clone() for e in range(experts) for n, t in by_expert[e % few].items()}
     whole = replace(bank, stored=stored, bits=bank.bits[:1] * experts, group_size=bank.group_size[:1] * experts)
-    return PackedExperts(whole)
+    return BankExperts(whole)
 
 
 def routing(tokens: int, experts: int, slots: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

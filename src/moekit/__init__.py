@@ -19,7 +19,7 @@ _PUBLIC = {
     "contract": ("Context", "Router", "RouterEdit", "Routing", "route"),
     "errors": ("MoekitError",),
     "formats": ("DenseBank", "PackedBank", "packed_nbytes"),
-    "kernels": ("PackedExperts", "explain", "prepare", "restore"),
+    "kernels": ("BankExperts", "explain", "prepare", "restore"),
     "measure": ("bits_per_byte", "compare"),
     "plan": ("LayerPlan", "Plan", "apply", "fit", "verify"),
     "profile": ("Profile",),

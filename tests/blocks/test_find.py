@@ -13,7 +13,7 @@ from moekit.blocks import UNSUPPORTED, blocks, families
 from moekit.contract import Router, Routing
 from moekit.errors import PlanError, UnsupportedModelError
 from moekit.formats import PackedBank
-from moekit.kernels import PackedExperts
+from moekit.kernels import BankExperts
 
 
 def test_a_dense_model_is_refused() -> None:
@@ -78,7 +78,7 @@ def test_packed_experts_are_blocks_too() -> None:
     routing = replace(dense.choose(x), logits=None)
     expected = dense.run(x, Routing(routing.expert % 4, routing.weight))
     packed = PackedBank.quantise(dense.bank().select([0, 1, 2, 3]), bits=8, group_size=16)
-    dense.module.experts = PackedExperts.like(dense.experts, packed.describe(), slots=[0, 1, 2, 3] * 2)
+    dense.module.experts = BankExperts.like(dense.experts, packed.describe(), slots=[0, 1, 2, 3] * 2)
     for name, tensor in packed.tensors().items():
         dense.module.experts.get_parameter(name).data.copy_(tensor)
 

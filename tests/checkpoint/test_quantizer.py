@@ -17,7 +17,7 @@ from moekit.checkpoint import Checkpoint
 from moekit.checkpoint.quantizer import MoekitConfig, describe_layer, expand_layer
 from moekit.errors import CheckpointError
 from moekit.formats import PackedBank
-from moekit.kernels import PackedExperts
+from moekit.kernels import BankExperts
 from moekit.stream import StreamedModel
 
 FAMILIES = ("qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss")
@@ -34,7 +34,7 @@ def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_loads_runs_and_generates_on_packed_weights(packed: tuple[Path, Path]) -> None:
     model, info = AutoModelForCausalLM.from_pretrained(packed[0], output_loading_info=True)
     assert not any(info.values()), info
-    found = [module for module in model.modules() if isinstance(module, PackedExperts)]
+    found = [module for module in model.modules() if isinstance(module, BankExperts)]
     assert len(found) == len(Checkpoint.open(packed[0]).moe_layers)
     assert {p.dtype for n, p in model.named_parameters() if n.endswith("qweight")} == {torch.uint8}
     twin = AutoModelForCausalLM.from_pretrained(packed[1])
@@ -97,7 +97,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_base_model_loads_too(one: Path) -> None:
     model = AutoModel.from_pretrained(one)
-    assert sum(isinstance(module, PackedExperts) for module in model.modules()) == 3
+    assert sum(isinstance(module, BankExperts) for module in model.modules()) == 3
 
 
 def test_masked_rows_and_shared_experts(one: Path, tmp_path: Path) -> None:

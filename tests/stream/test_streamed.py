@@ -11,7 +11,7 @@ import families
 from moekit.blocks import blocks
 from moekit.checkpoint import Checkpoint
 from moekit.errors import BudgetError, CheckpointError, OptionError, UnsupportedModelError
-from moekit.kernels import PackedExperts
+from moekit.kernels import BankExperts
 from moekit.stream import LoadedModel, StreamedModel, open_model, pick_device, rss, smallest_cap
 from moekit.stream import streamed as module
 
@@ -186,11 +186,11 @@ def test_packed_experts_stream_as_they_load(tmp_path):
     stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()
     with torch.no_grad():
         expected = stock(**inputs, use_cache=False).logits
-    assert any(isinstance(module, PackedExperts) for module in stock.modules())
+    assert any(isinstance(module, BankExperts) for module in stock.modules())
     streamed = StreamedModel(checkpoint)
     for runner in (streamed, streamed, LoadedModel.load(checkpoint)):
         assert torch.equal(expected, next(runner.forward([inputs])))
-    packed = [m for m in streamed.model.modules() if isinstance(m, PackedExperts)]
+    packed = [m for m in streamed.model.modules() if isinstance(m, BankExperts)]
     assert packed
     assert all(parameter.is_meta for module in packed for parameter in module.parameters())
     seen = []

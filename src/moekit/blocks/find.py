@@ -20,7 +20,7 @@ LAYOUTS: dict[str, type[Layout]] = {
     "JetMoeMoA": AttentionPair,
     "SwitchTransformersExperts": Modules,
     "DogeCDMoE": SingleUnits,
-    "PackedExperts": Packed,
+    "BankExperts": Packed,
 }
 """Experts modules that are not stacked as transformers' shared contract has them, by class name."""
 

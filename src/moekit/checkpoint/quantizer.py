@@ -56,13 +56,13 @@ def swap_experts(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any]]
     Raises:
         CheckpointError: a layer that the model does not have.
     """
-    from moekit.kernels import PackedExperts
+    from moekit.kernels import BankExperts
 
     for name, layer in layers.items():
         parent = _block(model, name)
         bank, slots = expand_layer(layer)
         plain = slots == list(range(layer["experts"]))
-        parent.experts = PackedExperts.like(parent.experts, bank, slots=None if plain else slots)
+        parent.experts = BankExperts.like(parent.experts, bank, slots=None if plain else slots)
 
 
 def mask_rows(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any]]) -> None:

@@ -2,5 +2,6 @@
 
 from .dense import DenseBank
 from .packed import WIDTHS, PackedBank, packed_nbytes
+from .registry import FORMATS, allocate, with_tensors
 
-__all__ = ["WIDTHS", "DenseBank", "PackedBank", "packed_nbytes"]
+__all__ = ["FORMATS", "WIDTHS", "DenseBank", "PackedBank", "allocate", "packed_nbytes", "with_tensors"]

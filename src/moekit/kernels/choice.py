@@ -9,8 +9,8 @@ from torch import nn
 
 from ._layer import Layer
 from ._tiles import has_units
+from .bank_experts import BankExperts
 from .integers import jit
-from .packed_experts import PackedExperts
 from .plain import PlainProducts
 from .prepare import experts_modules, unfit
 
@@ -37,7 +37,7 @@ def explain(model_or_experts: nn.Module, tokens: int = 1, training: bool = False
 
 def choices(module: Any, training: bool) -> list[Choice]:
     """Every kernel with what speaks against it for this module; exactly one has nothing against it."""
-    if isinstance(module, PackedExperts):
+    if isinstance(module, BankExperts):
         return _only("integers", "the experts are stored as packed integers", training)
     prepared = module.__dict__.get("_moekit_prepared")
     if prepared is not None:
@@ -80,7 +80,7 @@ def _text(module: Any, tokens: int, training: bool) -> str:
     chosen = next((c.kernel for c in found if c.against is None), None)
     implementation = getattr(module.config, "_experts_implementation", None)
     lines = [f"{chosen} ({_WHAT[chosen]})" if chosen else "nothing can run this"]
-    if not isinstance(module, PackedExperts) and implementation != "moekit":
+    if not isinstance(module, BankExperts) and implementation != "moekit":
         lines.append(f'  not in use: the model runs experts_implementation="{implementation}"; set it to "moekit"')
     if chosen == "integers":
         lines.append(

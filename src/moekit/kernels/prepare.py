@@ -13,8 +13,8 @@ from ..errors import OptionError, UnsupportedModelError
 from ._drive import forward
 from ._layer import Layer, is_decorated
 from ._tiles import has_units
+from .bank_experts import BankExperts
 from .experts import NAME
-from .packed_experts import PackedExperts
 from .prepacked import SMALLEST, Int8Products, ReorderedProducts, has_int8, has_reorder
 
 
@@ -76,8 +76,8 @@ def prepare(model_or_experts: nn.Module, bits: int | None = None, keep: bool = F
     found = list(experts_modules(model_or_experts))
     report = PrepareReport(bits=bits, kept_plain=keep)
     for name, module in found:
-        if isinstance(module, PackedExperts):
-            report.shared[name] = "already packed integers"
+        if isinstance(module, BankExperts):
+            report.shared[name] = "already stored as they run"
             continue
         _set_implementation(module)
         if "_moekit_prepared" in module.__dict__:
@@ -121,9 +121,7 @@ def restore(model_or_experts: nn.Module) -> None:
 
 def experts_modules(model_or_experts: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of every experts module that moekit's kernels run. Raises where there is none."""
-    found = [
-        (name, m) for name, m in model_or_experts.named_modules() if is_decorated(m) or isinstance(m, PackedExperts)
-    ]
+    found = [(name, m) for name, m in model_or_experts.named_modules() if is_decorated(m) or isinstance(m, BankExperts)]
     if not found:
         raise UnsupportedModelError(
             f"{type(model_or_experts).__name__} holds no experts module of transformers' shared contract: "

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -13,14 +16,19 @@ from ._layer import Layer
 from .integers import IntegerProducts
 from .plain import PlainProducts
 
+Finish = Callable[[Tensor], Tensor]
 
-def products_of(bank: ExpertBank) -> _drive.Products:
-    """The products that run a bank where it lies; a format without kernels of its own is decoded."""
+
+def products_of(bank: ExpertBank, finish: Finish | None = None) -> _drive.Products:
+    """The products that run a bank where it lies; a format without kernels of its own is decoded.
+
+    ``finish`` is applied to an expert's output before it is weighted (a post-expert norm).
+    """
     if isinstance(bank, PackedBank):
-        return IntegerProducts(bank)
+        return IntegerProducts(bank, finish)
     if not isinstance(bank, DenseBank):
         bank = DenseBank.stack([bank.expert(e) for e in range(bank.num_experts)], bank.activation)
-    return PlainProducts(Layer.of_bank(bank))
+    return PlainProducts(replace(Layer.of_bank(bank), finish=finish))
 
 
 @torch.no_grad()

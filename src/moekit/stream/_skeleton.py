@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from moekit.checkpoint import Checkpoint
 from moekit.checkpoint.quantizer import METHOD
-from moekit.kernels import PackedExperts
+from moekit.kernels import BankExperts
 
 
 class CheckpointSource:
@@ -59,7 +59,7 @@ def live_skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None, device: tor
 def forget(module: nn.Module) -> None:
     """Let packed experts drop what they prepared from weights that are gone."""
     for inner in module.modules():
-        if isinstance(inner, PackedExperts):
+        if isinstance(inner, BankExperts):
             inner.to("meta")
 
 

@@ -1,4 +1,4 @@
-"""PackedExperts: in place of a family's own module, on the packed weights, loaded and cast like any module."""
+"""BankExperts: in place of a family's own module, on the packed weights, loaded and cast like any module."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 import moekit
 from moekit.errors import OptionError, UnsupportedModelError
 from moekit.formats import DenseBank, PackedBank
-from moekit.kernels import PackedExperts, integers
+from moekit.kernels import BankExperts, integers
 from moekit.kernels._layer import Layer
 
 BITS = [2, 3, 4, 8, 16, 4]
@@ -29,9 +29,9 @@ def canonical(module, flags: Flags) -> DenseBank:
     return DenseBank(up, layer.down, bias, layer.down_bias, activation)
 
 
-def filled(module, flags: Flags, bits=BITS, slots=None) -> tuple[PackedExperts, PackedBank]:
+def filled(module, flags: Flags, bits=BITS, slots=None) -> tuple[BankExperts, PackedBank]:
     bank = PackedBank.quantise(canonical(module, flags), bits, 8)
-    packed = PackedExperts.like(module, bank.describe(), slots)
+    packed = BankExperts.like(module, bank.describe(), slots)
     packed.load_state_dict(dict(bank.tensors()), strict=not flags.norm)
     return packed, bank
 
@@ -81,8 +81,8 @@ def test_slots_share_and_mask_experts():
     module = make(Flags(bias=True))
     slots = [2, 0, -1, 2, 1, 0, 3, 3]
     bank = PackedBank.quantise(canonical(module, Flags()).select([0, 1, 2, 3]), 8, 8)
-    packed = PackedExperts(bank, slots)
-    plain = PackedExperts(bank)
+    packed = BankExperts(bank, slots)
+    plain = BankExperts(bank)
     x, index, weights = batch(9, experts=8)
     table = torch.tensor([*slots, -1])
     with torch.no_grad():
@@ -100,7 +100,7 @@ def test_names_dtypes_and_sizes_on_disk():
     assert {n: (t.shape, t.dtype) for n, t in state.items()} == {n: (t.shape, t.dtype) for n, t in bank.stored.items()}
     assert {"0.gate_up.qweight", "0.gate_up.scales", "0.down.mins", "4.down.weight", "4.down.bias"} <= state.keys()
     assert not any(p.requires_grad for p in packed.parameters())
-    meta = PackedExperts.like(copy.deepcopy(module).to("meta"), bank.describe())
+    meta = BankExperts.like(copy.deepcopy(module).to("meta"), bank.describe())
     assert all(p.is_meta for p in meta.parameters())
 
 
@@ -142,20 +142,20 @@ def test_does_not_hold_the_float_weights():
 def test_explained_as_integers():
     packed, _ = filled(make(), Flags())
     assert "integers (packed integers" in moekit.explain(packed)
-    assert moekit.prepare(packed).shared == {"": "already packed integers"}
+    assert moekit.prepare(packed).shared == {"": "already stored as they run"}
 
 
 def test_refusals():
     module = make(Flags(bias=True))
     bank = PackedBank.quantise(canonical(module, Flags()), 4, 8)
     with pytest.raises(OptionError, match="bias=False, but Experts has bias=True"):
-        PackedExperts.like(module, {**bank.describe(), "bias": False})
+        BankExperts.like(module, {**bank.describe(), "bias": False})
     with pytest.raises(OptionError, match="gated=False, but Experts has gated=True"):
-        PackedExperts.like(module, {**bank.describe(), "gated": False})
+        BankExperts.like(module, {**bank.describe(), "gated": False})
     with pytest.raises(UnsupportedModelError, match="Linear is no experts module"):
-        PackedExperts.like(nn.Linear(2, 2), bank.describe())
+        BankExperts.like(nn.Linear(2, 2), bank.describe())
     with pytest.raises(OptionError, match="slot 6 names no stored expert"):
-        PackedExperts(bank, [0, EXPERTS])
+        BankExperts(bank, [0, EXPERTS])
     x, index, weights = batch(2)
     with pytest.raises(OptionError, match="no backward"):
-        PackedExperts(bank)(x.requires_grad_(), index, weights)
+        BankExperts(bank)(x.requires_grad_(), index, weights)

@@ -1,4 +1,4 @@
-"""An experts module on packed integers, in place of a family's own."""
+"""An experts module on a bank in any stored format, in place of a family's own."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ..bank import Activation
+from ..bank import Activation, ExpertBank
 from ..errors import OptionError
-from ..formats import PackedBank
-from ._drive import forward
+from ..formats import allocate, with_tensors
+from ._drive import Products, forward
 from ._layer import activation_of, check_decorated, in_its_dtype
-from .integers import IntegerProducts
+from .run import products_of
 
 
-class PackedExperts(nn.Module):
+class BankExperts(nn.Module):
     """Called as transformers calls experts: ``(hidden [T, H], index [T, K], weights [T, K]) -> [T, H]``.
 
     ``slots[s]`` is the stored expert that router row s uses; rows may share one, and -1 marks a row that is never
-    selected (its pairs add nothing). None means row s uses expert s. Inference only: the weights are integers.
+    selected (its pairs add nothing). None means row s uses expert s. Inference only.
     The parameters are named as on disk (``N.gate_up.qweight`` ...) and keep their dtypes under ``.to(dtype)``.
     """
 
@@ -30,20 +30,19 @@ class PackedExperts(nn.Module):
     has_post_expert_norm = False
     _is_expert_parallel = False
 
-    def __init__(self, bank: PackedBank, slots: Sequence[int] | None = None) -> None:
+    def __init__(self, bank: ExpertBank, slots: Sequence[int] | None = None) -> None:
         super().__init__()
         _check_slots(slots, bank.num_experts)
         self.slots = None if slots is None else list(slots)
         self.num_experts = bank.num_experts if slots is None else len(slots)
-        self.hidden_dim, self.intermediate_dim = bank.shape
+        self.hidden_dim, self.intermediate_dim = bank.hidden_size, bank.intermediate_size
         self.has_gate = bank.activation.gated
-        self.has_bias = "0.down.bias" in bank.stored
+        self.has_bias = any(name.endswith(".bias") for name in bank.tensors())
         self.config: Any = None
-        self._description = bank.describe()
-        self._activation = bank.activation
-        self._products: IntegerProducts | None = None
+        self._empty = with_tensors(bank, {n: t.to("meta") for n, t in bank.tensors().items()})
+        self._products: Products | None = None
         self.register_load_state_dict_post_hook(_forget)
-        for name, tensor in bank.stored.items():
+        for name, tensor in bank.tensors().items():
             expert, part, leaf = name.split(".")
             holder = _child(_child(self, expert), part)
             holder.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
@@ -52,7 +51,7 @@ class PackedExperts(nn.Module):
     def like(cls, experts: nn.Module, describe: Mapping[str, Any], slots: Sequence[int] | None = None) -> Self:
         """Empty, of the sizes and the activation of a family's experts module, on its device (meta included).
 
-        ``describe`` is what :meth:`PackedBank.describe` gave. Raises :class:`OptionError` where it contradicts the
+        ``describe`` is what the bank's ``describe()`` gave. Raises :class:`OptionError` where it contradicts the
         module's biases or gate, :class:`UnsupportedModelError` on a module outside the shared contract.
         """
         check_decorated(experts)
@@ -60,13 +59,13 @@ class PackedExperts(nn.Module):
         for what, has in (("gated", module.has_gate), ("bias", module.has_bias)):
             if bool(describe.get(what, what == "gated")) != has:
                 raise OptionError(
-                    f"the packed experts say {what}={not has}, but {type(experts).__name__} has {what}={has}: "
+                    f"the stored experts say {what}={not has}, but {type(experts).__name__} has {what}={has}: "
                     "they belong to another model"
                 )
         down = module.down_proj
         inner, hidden = down.shape[1:] if module.is_transposed else (down.shape[2], down.shape[1])
         activation = _canonical_activation(_shell(module))
-        self = cls(PackedBank.allocate(describe, hidden, inner, activation, down.device), slots)
+        self = cls(allocate(describe, hidden, inner, activation, down.device), slots)
         self.config = module.config
         if module.has_post_expert_norm:
             self.has_post_expert_norm, self.post_expert_norm = True, module.post_expert_norm
@@ -76,20 +75,16 @@ class PackedExperts(nn.Module):
         return self
 
     @property
-    def bank(self) -> PackedBank:
+    def bank(self) -> ExpertBank:
         """The stored experts, as views of the parameters."""
-        stored = {n: p.data for n, p in self.named_parameters() if n.split(".", 1)[0].isdigit()}
-        d = self._description
-        sizes = (self.hidden_dim, self.intermediate_dim)
-        dtype = getattr(torch, d["dtype"])
-        return PackedBank(stored, tuple(d["bits"]), tuple(d["group_size"]), sizes, dtype, self._activation)
+        return with_tensors(self._empty, {n: self.get_parameter(n).data for n in self._empty.tensors()})
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
-            raise OptionError("packed experts have no backward: call the model under torch.no_grad()")
+            raise OptionError("stored experts have no backward: call the model under torch.no_grad()")
         if self._products is None:
             finish = in_its_dtype(self.post_expert_norm) if self.has_post_expert_norm else None
-            self._products = IntegerProducts(self.bank, finish)
+            self._products = products_of(self.bank, finish)
         return forward(self._products, hidden_states, self._stored(top_k_index), top_k_weights)
 
     def _stored(self, index_TK: Tensor) -> Tensor:
@@ -111,8 +106,7 @@ class PackedExperts(nn.Module):
         return super()._apply(moved, recurse)
 
     def extra_repr(self) -> str:
-        bits = sorted(set(self._description["bits"]))
-        return f"{self.num_experts} rows, {len(self._description['bits'])} experts stored at {bits} bits"
+        return f"{self.num_experts} rows, {self._empty.num_experts} experts stored as {type(self._empty).__name__}"
 
 
 def _child(parent: nn.Module, name: str) -> nn.Module:
