@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..errors import OptionError
+
 SCALE = torch.bfloat16
 
 
@@ -30,14 +32,12 @@ def fit(weight_NK: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, 
 
     The min is rounded down and the scale up, so that the grid always covers its group: no weight is clipped, and none
     moves by more than half a step. A constant group gets a scale of 1 or of what its rounded min leaves over.
+    One bit has two levels only, which are not the extremes but m - a and m + a, m the mean of the group and a the mean
+    of abs(w - m): the least squares where each weight goes to the side of m it is on.
     """
     rows, columns = weight_NK.shape
-    count = groups(columns, group_size)
-    wide = weight_NK.float()
-    fill = count * group_size - columns
-    grouped = pad(wide, (0, fill), mode="replicate") if fill else wide
-    grouped = grouped.view(rows, count, group_size)
-    low, high = grouped.aminmax(dim=-1)
+    grouped = _grouped(weight_NK, group_size)
+    low, high = _two_levels(grouped, columns) if bits == 1 else grouped.aminmax(dim=-1)
     mins = _round_towards(low, -torch.inf)
     levels = 2**bits - 1
     scales = _round_towards((high - mins.float()) / levels, torch.inf)
@@ -45,6 +45,30 @@ def fit(weight_NK: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, 
     steps = (grouped - mins.float()[..., None]) / scales.float()[..., None]
     integers = steps.round_().clamp_(0, levels).to(torch.uint8).view(rows, -1)[:, :columns]
     return integers.contiguous(), scales, mins
+
+
+def _grouped(weight_NK: Tensor, group_size: int) -> Tensor:
+    """float32 [N, C, group size]; a short last group is filled with its last weight."""
+    rows, columns = weight_NK.shape
+    count = groups(columns, group_size)
+    fill = count * group_size - columns
+    wide = weight_NK.float()
+    return (pad(wide, (0, fill), mode="replicate") if fill else wide).reshape(rows, count, group_size)
+
+
+def group_mean(grouped_NCg: Tensor, columns: int) -> Tensor:
+    """Means [N, C] of groups, without what fills a short last one."""
+    _, count, size = grouped_NCg.shape
+    short = columns - (count - 1) * size
+    if short == size:
+        return grouped_NCg.mean(-1)
+    return torch.cat([grouped_NCg[:, :-1].mean(-1), grouped_NCg[:, -1:, :short].mean(-1)], dim=1)
+
+
+def _two_levels(grouped_NCg: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    middle = group_mean(grouped_NCg, columns)
+    reach = group_mean((grouped_NCg - middle[..., None]).abs(), columns)
+    return middle - reach, middle + reach
 
 
 def decode(integers_NK: Tensor, scales_NC: Tensor, mins_NC: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
@@ -93,3 +117,17 @@ def _round_towards(values: Tensor, limit: float) -> Tensor:
     rounded = values.to(SCALE)
     short = rounded.float() < values if limit > 0 else rounded.float() > values
     return torch.where(short, torch.nextafter(rounded, torch.full_like(rounded, limit)), rounded)
+
+
+def exactly(values: Tensor, what: str) -> Tensor:
+    """Values as bfloat16, once they are found to be bfloat16 numbers. Raises :class:`OptionError` otherwise."""
+    rounded = values.to(SCALE)
+    if not torch.equal(rounded.to(values.dtype), values):
+        raise OptionError(f"{what} are no bfloat16 numbers: round them before the integers are chosen, not after")
+    return rounded
+
+
+def check_group_size(*sizes: int) -> None:
+    for size in sizes:
+        if size < 1:
+            raise OptionError(f"group_size={size} is not possible: it must be at least 1 (64 is usual)")

@@ -16,24 +16,44 @@ group is short.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from ..bank import SILU_MUL, Activation, ExpertBank, ExpertWeights
+from ..bank import SILU_MUL, Activation
 from ..errors import OptionError
 from . import _grid
+from ._stored import Spec, StoredBank, biases, each, finite, matrices
 from .dense import DenseBank
 
-WIDTHS = (2, 3, 4, 8, 16)
+WIDTHS = (1, 2, 3, 4, 8, 16)
 """Bits an expert may have; 16 means left as it was, in the dtype it came in."""
 
 
+class Codes(NamedTuple):
+    """A matrix that is on a grid already: ``integers`` [N, K] below 2**bits, ``scales`` and ``mins`` [N, C].
+
+    The scales must be bfloat16 numbers (in any dtype): a quantiser that corrects its own errors has to see the very
+    grid that is stored.
+    """
+
+    integers: Tensor
+    scales: Tensor
+    mins: Tensor
+
+
 @dataclass(frozen=True, eq=False)
-class PackedBank(ExpertBank):
-    """Experts as packed integers; ``bits`` and ``group_size`` hold one entry per expert. Built by :meth:`quantise`."""
+class PackedBank(StoredBank):
+    """Experts as packed integers; ``bits`` and ``group_size`` hold one entry per expert.
+
+    Built by :meth:`quantise` or :meth:`from_codes`.
+    """
+
+    FORMAT: ClassVar[str] = "packed"
+    PARTS: ClassVar[tuple[str, ...]] = ("gate_up", "down")
+    EACH: ClassVar[tuple[str, ...]] = ("bits", "group_size")
 
     stored: Mapping[str, Tensor]
     bits: tuple[int, ...]
@@ -49,116 +69,73 @@ class PackedBank(ExpertBank):
         ``bits`` and ``group_size`` are one for all experts or one each. Raises :class:`OptionError` on a width that
         does not exist, a list of the wrong length, or weights that are NaN or infinite.
         """
-        widths = _each(bits, dense.num_experts, "bits")
-        sizes = _each(group_size, dense.num_experts, "group_size")
+        widths, sizes = _numbers(bits, group_size, dense.num_experts)
         stored: dict[str, Tensor] = {}
         for expert, (width, size) in enumerate(zip(widths, sizes, strict=True)):
             weights = dense.expert(expert)
-            for part, weight, bias in (
-                ("gate_up", weights.gate_up, weights.gate_up_bias),
-                ("down", weights.down, weights.down_bias),
-            ):
+            for part, weight in matrices(weights, cls.PARTS).items():
                 name = f"{expert}.{part}"
-                stored |= {f"{name}.{k}": t for k, t in _quantise(weight.detach(), width, size, name).items()}
-                if bias is not None:
-                    stored[f"{name}.bias"] = bias.detach().clone()
+                made: Codes | Tensor = weight.clone() if width == 16 else _codes(weight, width, size, name)
+                stored |= _stored(name, made, width)
+            stored |= biases(weights, expert)
         shape = (dense.hidden_size, dense.intermediate_size)
         return cls(stored, widths, sizes, shape, dense.dtype, dense.activation)
 
     @classmethod
-    def allocate(
+    def from_codes(
         cls,
-        describe: Mapping[str, Any],
-        hidden_size: int,
-        intermediate_size: int,
+        experts: Sequence[Mapping[str, Codes | Tensor]],
+        bits: int | Sequence[int],
+        group_size: int | Sequence[int] = 64,
+        *,
+        dtype: torch.dtype,
         activation: Activation = SILU_MUL,
-        device: torch.device | str | None = None,
+        biases: Sequence[Mapping[str, Tensor]] = (),
     ) -> Self:
-        """An uninitialised bank with exactly the tensors that ``describe`` (of :meth:`describe`) says; also on meta."""
-        bits = _each(describe["bits"], None, "bits")
-        sizes = _each(describe.get("group_size", 64), len(bits), "group_size")
-        dtype = getattr(torch, describe.get("dtype", "bfloat16"))
-        gated, bias = describe.get("gated", True), describe.get("bias", False)
-        stored = {
-            f"{expert}.{name}": torch.empty(shape, dtype=kind, device=device)
-            for expert, (width, size) in enumerate(zip(bits, sizes, strict=True))
-            for name, shape, kind in layout(hidden_size, intermediate_size, width, size, gated, bias, dtype)
-        }
-        return cls(stored, bits, sizes, (hidden_size, intermediate_size), dtype, activation)
+        """A bank of matrices that were quantised elsewhere; nothing is rounded again.
+
+        ``experts`` gives "gate_up" and "down" of each as :class:`Codes`, or as a plain weight where ``bits`` is 16;
+        ``biases`` likewise, where there are any. ``dtype`` is that of the source and of what is decoded.
+
+        Raises:
+            OptionError: integers that need more bits, scales that are no bfloat16 numbers, shapes that contradict.
+        """
+        if not experts:
+            raise OptionError("a bank needs at least one expert, got none")
+        widths, sizes = _numbers(bits, group_size, len(experts))
+        stored: dict[str, Tensor] = {}
+        for expert, parts in enumerate(experts):
+            for part in cls.PARTS:
+                stored |= _stored(f"{expert}.{part}", parts[part], widths[expert])
+            if biases:
+                stored |= {f"{expert}.{part}.bias": biases[expert][part] for part in cls.PARTS}
+        down = experts[0]["down"]
+        rows, columns = (down.integers if isinstance(down, Codes) else down).shape
+        return cls(stored, widths, sizes, (rows, columns), dtype, activation).checked()
+
+    @classmethod
+    def _fields(cls, describe: Mapping[str, Any], gated: bool) -> dict[str, Any]:
+        bits = describe["bits"]
+        count = len(bits) if isinstance(bits, Sequence) else 1
+        return dict(zip(cls.EACH, _numbers(bits, describe.get("group_size", 64), count), strict=True))
 
     def describe(self) -> dict[str, Any]:
-        """What :meth:`allocate` needs besides the sizes, ready for JSON."""
-        return {
-            "bits": list(self.bits),
-            "group_size": list(self.group_size),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "gated": self.activation.gated,
-            "bias": "0.down.bias" in self.stored,
-        }
+        """As of every format, but for its name: a description without one is of packed integers."""
+        return {key: value for key, value in super().describe().items() if key != "format"}
 
-    @property
-    def num_experts(self) -> int:
-        return len(self.bits)
+    def layout(self) -> Iterator[Spec]:
+        for expert, (bits, group_size) in enumerate(zip(self.bits, self.group_size, strict=True)):
+            for part in self.PARTS:
+                for leaf, shape, dtype in _layout(*self.size(part), bits, group_size, self.dtype):
+                    yield f"{expert}.{part}.{leaf}", shape, dtype
 
-    @property
-    def hidden_size(self) -> int:
-        return self.shape[0]
-
-    @property
-    def intermediate_size(self) -> int:
-        return self.shape[1]
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        return self.stored
-
-    def expert(self, index: int) -> ExpertWeights:
-        """One expert, decoded to the dtype the bank was made from."""
-        if not 0 <= index < self.num_experts:
-            raise OptionError(f"expert {index} does not exist: this bank has experts 0 to {self.num_experts - 1}")
-        bias = (self.stored.get(f"{index}.{part}.bias") for part in ("gate_up", "down"))
-        return ExpertWeights(self.matrix(index, "gate_up"), self.matrix(index, "down"), *bias)
-
-    def matrix(self, expert: int, part: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One decoded matrix of one expert; ``part`` is "gate_up" or "down"."""
-        name, dtype = f"{expert}.{part}", dtype or self.dtype
+    def _decode(self, expert: int, part: str, dtype: torch.dtype) -> Tensor:
+        name = f"{expert}.{part}"
         if self.bits[expert] == 16:
             return self.stored[f"{name}.weight"].to(dtype)
-        columns = self.hidden_size if part == "gate_up" else self.intermediate_size
-        integers = _grid.unpack(self.stored[f"{name}.qweight"], self.bits[expert], columns)
+        integers = _grid.unpack(self.stored[f"{name}.qweight"], self.bits[expert], self.size(part)[1])
         scales, mins = self.stored[f"{name}.scales"], self.stored[f"{name}.mins"]
         return _grid.decode(integers, scales, mins, self.group_size[expert], dtype)
-
-    def dequantise(self) -> DenseBank:
-        """The same experts as floating-point weights."""
-        return DenseBank.stack([self.expert(e) for e in range(self.num_experts)], self.activation)
-
-    def select(self, experts: Sequence[int]) -> Self:
-        wrong = [e for e in experts if not 0 <= e < self.num_experts]
-        if wrong:
-            raise OptionError(f"expert {wrong[0]} does not exist: this bank has experts 0 to {self.num_experts - 1}")
-        of_expert: dict[int, dict[str, Tensor]] = {e: {} for e in range(self.num_experts)}
-        for name, tensor in self.stored.items():
-            expert, _, rest = name.partition(".")
-            of_expert[int(expert)][rest] = tensor
-        stored = {f"{new}.{rest}": t for new, old in enumerate(experts) for rest, t in of_expert[old].items()}
-        bits, sizes = (tuple(values[e] for e in experts) for values in (self.bits, self.group_size))
-        return replace(self, stored=stored, bits=bits, group_size=sizes)
-
-
-def layout(
-    hidden_size: int, intermediate_size: int, bits: int, group_size: int, gated: bool, bias: bool, dtype: torch.dtype
-) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
-    """(name, shape, dtype) of every tensor of one expert, without the expert's number."""
-    up_rows = 2 * intermediate_size if gated else intermediate_size
-    for part, rows, columns in (("gate_up", up_rows, hidden_size), ("down", hidden_size, intermediate_size)):
-        if bits == 16:
-            yield f"{part}.weight", (rows, columns), dtype
-        else:
-            yield f"{part}.qweight", (rows, _grid.packed_columns(columns, bits)), torch.uint8
-            for name in ("scales", "mins"):
-                yield f"{part}.{name}", (rows, _grid.groups(columns, group_size)), _grid.SCALE
-        if bias:
-            yield f"{part}.bias", (rows,), dtype
 
 
 def packed_nbytes(
@@ -171,30 +148,51 @@ def packed_nbytes(
     dtype: torch.dtype = torch.bfloat16,
 ) -> int:
     """Exact bytes of one stored expert; ``dtype`` is that of the source (it sizes biases and 16-bit experts)."""
-    _each([bits], 1, "bits")
-    _each([group_size], 1, "group_size")
-    shapes = layout(hidden_size, intermediate_size, bits, group_size, gated, bias, dtype)
-    return sum(torch.Size(shape).numel() * kind.itemsize for _, shape, kind in shapes)
+    _numbers(bits, group_size, 1)
+    up_rows, total = 2 * intermediate_size if gated else intermediate_size, 0
+    for rows, columns in ((up_rows, hidden_size), (hidden_size, intermediate_size)):
+        shapes = _layout(rows, columns, bits, group_size, dtype)
+        total += sum(torch.Size(shape).numel() * kind.itemsize for _, shape, kind in shapes)
+        total += rows * dtype.itemsize if bias else 0
+    return total
 
 
-def _quantise(weight: Tensor, bits: int, group_size: int, name: str) -> dict[str, Tensor]:
+def _layout(rows: int, columns: int, bits: int, group_size: int, dtype: torch.dtype) -> Iterator[Spec]:
+    """The tensors of one matrix, by leaf."""
     if bits == 16:
-        return {"weight": weight.clone()}
-    if not torch.isfinite(weight).all():
-        raise OptionError(f"expert weights {name} hold NaN or infinite values: they cannot be quantised")
-    integers, scales, mins = _grid.fit(weight, bits, group_size)
-    return {"qweight": _grid.pack(integers, bits), "scales": scales, "mins": mins}
+        yield "weight", (rows, columns), dtype
+        return
+    yield "qweight", (rows, _grid.packed_columns(columns, bits)), torch.uint8
+    for leaf in ("scales", "mins"):
+        yield leaf, (rows, _grid.groups(columns, group_size)), _grid.SCALE
 
 
-def _each(value: int | Sequence[int], count: int | None, what: str) -> tuple[int, ...]:
-    values = (value,) * (count or 1) if isinstance(value, int) else tuple(value)
-    if count is not None and len(values) != count:
-        raise OptionError(f"{what} lists {len(values)} experts, but the bank has {count}: give one number or one each")
-    for number in values:
-        if what == "bits" and number not in WIDTHS:
+def _codes(weight: Tensor, bits: int, group_size: int, name: str) -> Codes:
+    return Codes(*_grid.fit(finite(weight, name), bits, group_size))
+
+
+def _stored(name: str, made: Codes | Tensor, bits: int) -> dict[str, Tensor]:
+    if isinstance(made, Codes) != (bits < 16):
+        raise OptionError(f"expert weights {name} at bits={bits} must be {'codes' if bits < 16 else 'a plain weight'}")
+    if not isinstance(made, Codes):
+        return {f"{name}.weight": made}
+    highest = int(made.integers.max()) if made.integers.numel() else 0
+    if highest >= 2**bits or int(made.integers.min()) < 0:
+        raise OptionError(f"{name} holds the integer {highest}, but {bits} bits hold 0 to {2**bits - 1}")
+    return {
+        f"{name}.qweight": _grid.pack(made.integers.to(torch.uint8), bits),
+        f"{name}.scales": _grid.exactly(made.scales, f"scales of {name}"),
+        f"{name}.mins": _grid.exactly(made.mins, f"mins of {name}"),
+    }
+
+
+def _numbers(bits: Any, group_size: Any, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Bits and group sizes as one each, once they are found possible."""
+    widths, sizes = each(bits, count, "bits"), each(group_size, count, "group_size")
+    for number in widths:
+        if number not in WIDTHS:
             raise OptionError(
                 f"bits={number} is not a width experts can have: use one of {', '.join(map(str, WIDTHS))}"
             )
-        if what == "group_size" and number < 1:
-            raise OptionError(f"group_size={number} is not possible: it must be at least 1 (64 is usual)")
-    return values
+    _grid.check_group_size(*sizes)
+    return widths, sizes
