@@ -100,7 +100,6 @@ def test_merging_adds_what_was_seen_apart(saved, texts):
     one, two = (profile(saved, {name: texts[name]}, **options) for name in ("words", "code"))
     whole, merged = profile(saved, texts, **options), one.merge(two)
     assert merged.domains == whole.domains
-    assert np.array_equal(np.sort(merged.sample["priority"]), np.sort(whole.sample["priority"]))
     for name, layer in whole.layers.items():
         other = merged.layers[name]
         for statistic in ("counts", "tokens", "coactivation", "transition"):
@@ -109,7 +108,10 @@ def test_merging_adds_what_was_seen_apart(saved, texts):
         for statistic, field in FIELDS.items():
             if field.merge != "rows" and statistic in layer.arrays:
                 assert np.allclose(layer.array(statistic), other.array(statistic), rtol=1e-4, atol=1e-6), statistic
-        assert np.allclose(layer.hidden, other.hidden, atol=1e-5)
+        for statistic in ("sample_priority", "sample_domain", "sample_expert"):
+            assert np.array_equal(layer.array(statistic), other.array(statistic)), statistic
+        for statistic in ("hidden", "sample_weight", "sample_logits"):
+            assert np.allclose(layer.array(statistic), other.array(statistic), atol=1e-5), statistic
         assert len(other.trace_expert) == len(merged.trace) == len(one.trace) + len(two.trace)
     assert (merged.trace["domain"][len(one.trace) :] == 1).all()
     twice = merged.merge(merged)
@@ -253,20 +255,23 @@ def test_odd_families_are_profiled_alike(family, saved, tmp_path):
     assert torch.is_tensor(next(model.parameters()))
 
 
-def test_second_moments_that_do_not_fit_are_refused_before_anything_runs(saved, texts, monkeypatch):
+def test_samples_and_moments_that_do_not_fit_are_refused_before_anything_runs(saved, texts, monkeypatch):
     from moekit.profile._watch import Watch
 
-    monkeypatch.setattr(Watch, "moment_bytes", lambda self: 10**12)
-    with pytest.raises(BudgetError, match=r"keeping the second moments of every layer needs 1000\.0 GB"):
+    monkeypatch.setattr(Watch, "kept_bytes", lambda self, tokens: 10**12)
+    with pytest.raises(BudgetError, match=r"keeping samples and second moments of every layer needs 1000\.0 GB"):
         profile(saved, texts, max_ram="8GB", statistics=["expert_moments"])
 
 
-def test_second_moments_are_counted_as_they_are_kept(observed, saved):
+def test_what_grows_is_counted_as_it_is_kept(observed, saved):
     from moekit.blocks import blocks
+    from moekit.profile._reservoir import Quota
     from moekit.profile._watch import Watch
 
     model = LoadedModel.load(Checkpoint.open(saved)).model
-    watch = Watch(blocks(model), ["counts", "input_moments", "expert_moments"], 1, 0, 0)
-    kept = sum(layer.input_moments.nbytes + layer.expert_moments.nbytes for layer in observed.layers.values())
-    assert watch.moment_bytes() == kept
-    assert Watch(blocks(model), ["counts"], 1, 0, 0).moment_bytes() == 0
+    large = [name for name, field in FIELDS.items() if field.axes[0] == "s" or name.endswith("_moments")]
+    kept = sum(layer.array(name).nbytes for layer in observed.layers.values() for name in large)
+    assert Watch(blocks(model), large, 1, Quota(64), 0).kept_bytes(10**6) == kept
+    assert Watch(blocks(model), ["counts"], 1, Quota(64), 0).kept_bytes(10**6) == 0
+    few = Watch(blocks(model), ["hidden"], 1, Quota(64), 0).kept_bytes(8)
+    assert few == Watch(blocks(model), ["hidden"], 1, Quota(8), 0).kept_bytes(10**6)

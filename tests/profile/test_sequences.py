@@ -93,18 +93,9 @@ def test_padding_counts_towards_no_cell():
     cells = prefill_cells(batch, sequences, chosen, 2)
     assert cells.cell.tolist() == [0] * 5 + [6] * 3 + [-1] * 2
     assert sorted(cells.trace[1]) == list(range(8))
-    assert all(cells.cell[p] >= 0 for p in (*cells.sample[0], *cells.trace[0]))
-    assert sorted(cells.sample[1]) == [0, 1, 2, 3]
-
-
-@settings(deadline=None)
-@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 40))
-def test_a_sample_does_not_depend_on_how_text_was_divided(first, second, bound):
-    sequences = [TokenSequence(np.arange(n + 2) * (n + 1), 0, 0) for n in range(first + second)]
-    parts = (sequences[:first], sequences[first:])
-    whole = choose(sequences, sample=bound, trace=0, decode=0, seed=3).sample["priority"]
-    divided = [choose(part, sample=bound, trace=0, decode=0, seed=3).sample["priority"] for part in parts]
-    assert np.array_equal(np.sort(np.concatenate(divided))[:bound], whole)
+    assert all(cells.cell[p] >= 0 for p in cells.trace[0])
+    assert cells.priority[:5].tolist() == priorities(sequences[0], 0).tolist()
+    assert prefill_cells(batch, sequences, choose(sequences, sample=0, trace=0, decode=0, seed=0), 2).priority is None
 
 
 def test_priorities_differ_by_position_text_and_seed():

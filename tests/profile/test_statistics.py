@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from moekit.contract import Routing
+from moekit.profile._reservoir import Reservoir
 from moekit.profile._view import Cells, View
 from moekit.profile.schema import FIELDS
 from moekit.profile.statistics import Room, Statistic, make
 
 E, T, K, H, D = 5, 9, 2, 6, 2
+PRIORITY = np.array([50, 60, 70, 10, 80, 90, 95, 0, 5], dtype=np.uint64)
+"""Token 7 is padding, so tokens 8 and 3 (of domain 0 and 1) come first."""
 
 
 @pytest.fixture
@@ -31,18 +34,26 @@ def scene():
         slots_TKH=slots,
         routed_TH=(slots * weight[..., None]).sum(1),
         residual_TH=torch.randn(T, H, generator=generator),
+        block=SimpleNamespace(layout=SimpleNamespace(weights_on_input=False)),
     )
     cell = torch.tensor([0, 0, 2, 2, 5, 5, 7, -1, 0])
     previous = torch.randint(0, 3, (T, K), generator=generator)
-    return seen, Cells(cell, sample=([3, 8], [1, 0]), trace=([0, 1, 2], [0, 1, 2])), previous
+    return seen, Cells(cell, PRIORITY, trace=([0, 1, 2], [0, 1, 2])), previous
+
+
+def fed(name, scene, times=1):
+    seen, cells, previous = scene
+    sample = Reservoir(2, 0)
+    statistic = make(name, Room(E, D, 3, 4, sample))
+    for _ in range(times):
+        view = View(seen, cells, E, previous)
+        view.sampled = sample.admit(view.priority_T, view.domain_T(D).numpy(), view.expert_TK.numpy())
+        statistic.observe(view)
+    return statistic
 
 
 def observe(name, scene, times=1):
-    seen, cells, previous = scene
-    statistic = make(name, Room(E, D, 3, 2, 4))
-    for _ in range(times):
-        statistic.observe(View(seen, cells, E, previous))
-    return statistic.result()
+    return fed(name, scene, times).result()
 
 
 def slots_of(scene):
@@ -129,7 +140,13 @@ def test_the_largest_output_is_over_all_real_tokens(scene):
 
 def test_samples_and_traces_keep_rows(scene):
     seen = scene[0]
-    np.testing.assert_array_equal(observe("hidden", scene), seen.x_TH[[8, 3]].numpy())
+    rows = [8, 3]
+    np.testing.assert_array_equal(observe("hidden", scene), seen.x_TH[rows].numpy())
+    np.testing.assert_array_equal(observe("sample_expert", scene), seen.routing.expert[rows].numpy())
+    np.testing.assert_array_equal(observe("sample_weight", scene), seen.routing.weight[rows].numpy())
+    np.testing.assert_array_equal(observe("sample_logits", scene), seen.routing.logits[rows].numpy())
+    np.testing.assert_array_equal(observe("sample_domain", scene), [0, 1])
+    np.testing.assert_array_equal(observe("sample_priority", scene), [5, 10])
     np.testing.assert_array_equal(observe("trace_expert", scene)[:3], seen.routing.expert[:3].numpy())
     assert (observe("trace_expert", scene)[3] == -1).all()
     np.testing.assert_array_equal(observe("trace_weight", scene)[:3], seen.routing.weight[:3].numpy())
@@ -155,10 +172,8 @@ def test_a_token_contributes_nothing_where_the_routed_part_changes_no_direction(
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_field_has_a_statistic_of_its_shape(scene, name):
-    statistic = make(name, Room(E, D, 3, 2, 4))
-    seen, cells, previous = scene
-    statistic.observe(View(seen, cells, E, previous))
+    statistic = fed(name, scene)
     assert isinstance(statistic, Statistic)
-    assert statistic.result().ndim == len(FIELDS[name].axes)
-    expected = np.float64 if FIELDS[name].merge != "rows" else statistic.result().dtype
-    assert statistic.result().dtype == expected
+    result = statistic.result()
+    assert result.ndim == len(FIELDS[name].axes)
+    assert FIELDS[name].merge == "rows" or result.dtype == np.float64

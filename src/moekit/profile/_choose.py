@@ -1,4 +1,4 @@
-"""Which tokens become samples and traces, decided before anything runs, and what each token counts towards."""
+"""Which tokens are traced, decided before anything runs, how they rank for the sample, and what each counts towards."""
 
 from __future__ import annotations
 
@@ -18,34 +18,16 @@ _DECODE = PHASES.index("decode")
 
 @dataclass(frozen=True)
 class Chosen:
-    """``sample_row`` and ``trace_row``: sequence -> row per position, -1 where the token is not kept."""
+    """``trace_row``: sequence -> row per position; ``seed``: of the priorities, None where nothing is sampled."""
 
-    sample: Tokens
     trace: Tokens
-    sample_row: dict[int, np.ndarray]
     trace_row: dict[int, np.ndarray]
+    seed: int | None = None
 
 
 def choose(sequences: Sequence[TokenSequence], *, sample: int, trace: int, decode: int, seed: int) -> Chosen:
-    """At most ``sample`` tokens by priority; whole sequences in order (domains in turn) up to ``trace`` tokens."""
-    sampled, sample_row = _sample(sequences, sample, seed)
-    traced, trace_row = _trace(sequences, trace, decode)
-    return Chosen(sampled, traced, sample_row, trace_row)
-
-
-def _sample(sequences: Sequence[TokenSequence], bound: int, seed: int) -> tuple[Tokens, dict[int, np.ndarray]]:
-    if bound <= 0:
-        return Tokens(), {}
-    sizes = [len(s.ids) for s in sequences]
-    priority = np.concatenate([priorities(s, seed) for s in sequences])
-    number = np.repeat(np.arange(len(sequences)), sizes)
-    position = np.concatenate([np.arange(size) for size in sizes])
-    rows: dict[int, np.ndarray] = {}
-    best = np.argsort(priority, kind="stable")[:bound]
-    for row, token in enumerate(best.tolist()):
-        rows.setdefault(int(number[token]), np.full(sizes[number[token]], -1))[position[token]] = row
-    domain = np.array([sequences[n].domain for n in number[best]], dtype=np.int32)
-    return Tokens({"priority": priority[best], "domain": domain}), rows
+    """Whole sequences in order (domains in turn) up to ``trace`` tokens; priorities if any are to be sampled."""
+    return Chosen(*_trace(sequences, trace, decode), seed if sample else None)
 
 
 def _trace(sequences: Sequence[TokenSequence], bound: int, decode: int) -> tuple[Tokens, dict[int, np.ndarray]]:
@@ -74,10 +56,14 @@ def _trace(sequences: Sequence[TokenSequence], bound: int, decode: int) -> tuple
 def prefill_cells(batch: Batch, sequences: Sequence[TokenSequence], chosen: Chosen, num_domains: int) -> Cells:
     """Cells of a batch's tokens as they lie, row by row; -1 at padding."""
     cell = torch.full(batch.ids.shape, -1, dtype=torch.int64)
+    priority = np.zeros(batch.ids.shape, dtype=np.uint64)
     for row, number in enumerate(batch.number):
         sequence = sequences[number]
         cell[row, : len(sequence.ids)] = Cells.number(sequence.half, sequence.domain, 0, num_domains)
-    return Cells(cell.flatten(), _rows(batch, chosen.sample_row), _rows(batch, chosen.trace_row))
+        if chosen.seed is not None:
+            priority[row, : len(sequence.ids)] = priorities(sequence, chosen.seed)
+    ranked = None if chosen.seed is None else priority.flatten()
+    return Cells(cell.flatten(), ranked, _rows(batch, chosen.trace_row))
 
 
 def decode_cells(

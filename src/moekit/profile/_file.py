@@ -22,7 +22,7 @@ from moekit.profile.schema import FIELDS
 if TYPE_CHECKING:
     from moekit.profile.document import Profile
 
-FORMAT, VERSION = "moekit-profile", 1
+FORMAT, VERSION = "moekit-profile", 2
 _KEY = "moekit"
 
 
@@ -30,7 +30,6 @@ def _arrays(profile: Profile) -> dict[str, np.ndarray]:
     found = {
         f"layers/{name}/{key}": array for name, layer in profile.layers.items() for key, array in layer.arrays.items()
     }
-    found |= {f"sample/{key}": array for key, array in profile.sample.arrays.items()}
     found |= {f"trace/{key}": array for key, array in profile.trace.arrays.items()}
     for index, domain in enumerate(profile.domains):
         pieces = [np.asarray(ids) for ids in profile.held_out.get(domain, ())]
@@ -114,7 +113,6 @@ def load(path: str | PathLike[str]) -> Profile:
             layers=layers,
             held_out={domain: list(_held_out(arrays, index)) for index, domain in enumerate(domains)},
             options=header["options"],
-            sample=Tokens(_group(arrays, "sample/")),
             trace=Tokens(_group(arrays, "trace/")),
         )
     except (KeyError, TypeError, ValueError) as error:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moekit.errors import ProfileError
+from moekit.profile._reservoir import Quota, pick
 from moekit.profile.layer import LayerProfile
-from moekit.profile.schema import FIELDS
+from moekit.profile.schema import FIELDS, SAMPLE_KEYS
 
 if TYPE_CHECKING:
     from moekit.profile.document import Profile, Tokens
@@ -21,22 +21,24 @@ def merge(one: Profile, two: Profile) -> Profile:
     if list(one.layers) != list(two.layers):
         raise ProfileError("the profiles cover different layers: profile the same checkpoint for both")
     domains = (*one.domains, *(domain for domain in two.domains if domain not in one.domains))
-    sample, sampled = _pick_sample(one, two, domains)
     trace, traced = _pick_trace(one, two, domains)
-    rows = {"s": sampled, "t": traced}
-    layers = {n: _layer(layer, two.layers[n], domains, rows) for n, layer in one.layers.items()}
+    quota = Quota(max(one.quota.tokens, two.quota.tokens), max(one.quota.balanced, two.quota.balanced))
+    layers = {n: _layer(layer, two.layers[n], domains, quota, traced) for n, layer in one.layers.items()}
     held = {d: [*one.held_out.get(d, ()), *two.held_out.get(d, ())] for d in domains}
-    return replace(one, domains=domains, layers=layers, held_out=held, sample=sample, trace=trace)
+    options = {**one.options, "sample": quota.tokens, "balanced": quota.balanced}
+    return replace(one, domains=domains, layers=layers, held_out=held, options=options, trace=trace)
 
 
 def _layer(
-    one: LayerProfile, two: LayerProfile, domains: tuple[str, ...], rows: Mapping[str, np.ndarray]
+    one: LayerProfile, two: LayerProfile, domains: tuple[str, ...], quota: Quota, traced: np.ndarray
 ) -> LayerProfile:
     if set(one.arrays) != set(two.arrays):
         odd = sorted(set(one.arrays) ^ set(two.arrays))[0]
         raise ProfileError(
             f"only one of the profiles has '{odd}' for layer {one.name}: profile both with the same statistics"
         )
+    two = _renumbered(two, domains)
+    rows = {"s": _pick_sample(one, two, quota), "t": traced}
     arrays = {}
     for name, a in one.arrays.items():
         b, field = two.arrays[name], FIELDS[name]
@@ -69,14 +71,25 @@ def _joined(one: Tokens, two: Tokens, own: tuple[str, ...], domains: tuple[str, 
     return arrays
 
 
-def _pick_sample(one: Profile, two: Profile, domains: tuple[str, ...]) -> tuple[Tokens, np.ndarray]:
-    """The tokens of smallest priority, as many as the larger of the two bounds."""
-    from moekit.profile.document import Tokens
+def _renumbered(layer: LayerProfile, domains: tuple[str, ...]) -> LayerProfile:
+    """The layer with its sampled tokens' domains as indices into ``domains``."""
+    if "sample_domain" not in layer.arrays:
+        return layer
+    own = layer.array("sample_domain")
+    number = np.array([domains.index(domain) for domain in layer.domains], dtype=own.dtype)
+    return replace(layer, arrays={**layer.arrays, "sample_domain": number[own]})
 
-    arrays = _joined(one.sample, two.sample, two.domains, domains)
-    bound = max(int(profile.options.get("sample", len(profile.sample))) for profile in (one, two))
-    order = np.argsort(arrays["priority"], kind="stable")[:bound] if arrays else np.zeros(0, dtype=np.int64)
-    return Tokens({name: array[order] for name, array in arrays.items()}), order
+
+def _pick_sample(one: LayerProfile, two: LayerProfile, quota: Quota) -> np.ndarray:
+    """The tokens that a sample of both texts would hold."""
+    if any(name not in one.arrays for name in SAMPLE_KEYS):
+        return np.zeros(0, dtype=np.int64)
+    priority, domain, expert = (
+        np.concatenate([one.array(name), two.array(name)])
+        for name in ("sample_priority", "sample_domain", "sample_expert")
+    )
+    each = quota.each(one.num_experts, one.top_k)
+    return pick(priority, domain, expert, tokens=quota.tokens, each=each)
 
 
 def _pick_trace(one: Profile, two: Profile, domains: tuple[str, ...]) -> tuple[Tokens, np.ndarray]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,12 +26,13 @@ _ROWS = 512
 class Cells:
     """Which sum each token of a batch counts towards.
 
-    ``cell`` int64 [T']: half, domain and phase as one number, -1 for padding; T' counts padding too. ``sample`` and
-    ``trace`` give, for the tokens to be kept, (position in the batch, row in the result).
+    ``cell`` int64 [T']: half, domain and phase as one number, -1 for padding; T' counts padding too. ``priority``
+    uint64 [T'] ranks tokens for the sample; None where none of them may become one. ``trace`` gives, for the tokens to
+    be kept, (position in the batch, row in the result).
     """
 
     cell: Tensor
-    sample: tuple[Sequence[int], Sequence[int]] = ((), ())
+    priority: np.ndarray | None = None
     trace: tuple[Sequence[int], Sequence[int]] = ((), ())
 
     @staticmethod
@@ -43,7 +45,12 @@ class Cells:
 
 
 class View:
-    """``observation`` is what ``blocks`` saw; ``previous_TK`` the experts of the MoE layer before, or None."""
+    """``observation`` is what ``blocks`` saw; ``previous_TK`` the experts of the MoE layer before, or None.
+
+    ``sampled`` is (position among the real tokens, place in the sample) of the tokens that join the layer's sample.
+    """
+
+    sampled: tuple[np.ndarray, np.ndarray] = (np.zeros(0, np.int64), np.zeros(0, np.int64))
 
     def __init__(self, observation: Any, cells: Cells, num_experts: int, previous_TK: Tensor | None) -> None:
         self._seen, self.cells, self.num_experts = observation, cells, num_experts
@@ -67,6 +74,34 @@ class View:
     @cached_property
     def weight_TK(self) -> Tensor:
         return self._real(self._seen.routing.weight).float()
+
+    @cached_property
+    def _weighs_inputs(self) -> bool:
+        return bool(self._seen.block.layout.weights_on_input)
+
+    @property
+    def read_TH(self) -> Tensor:
+        """What an expert reads: the input, or where the family weighs inputs and uses one expert, the two's product."""
+        return self.x_TH * self.weight_TK if self._weighs_inputs and self.weight_TK.shape[1] == 1 else self.x_TH
+
+    @property
+    def combine_TK(self) -> Tensor | None:
+        """float32: what the outputs of experts on ``read_TH`` are multiplied by before they are summed.
+
+        None where inputs are weighed and a token has several: no one ``read_TH`` is what its experts read.
+        """
+        if not self._weighs_inputs:
+            return self.weight_TK
+        return self.used_TK.float() if self.weight_TK.shape[1] == 1 else None
+
+    @property
+    def priority_T(self) -> np.ndarray | None:
+        """uint64, on the CPU; None where no token of the batch may be sampled."""
+        return None if self.cells.priority is None else self.cells.priority[(self.cells.cell >= 0).numpy()]
+
+    def domain_T(self, num_domains: int) -> Tensor:
+        """int64: index of each token's domain."""
+        return self.cell_T // len(PHASES) % num_domains
 
     @cached_property
     def used_TK(self) -> Tensor:

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from moekit.blocks import MoEBlock
 from moekit.errors import UnsupportedModelError
+from moekit.profile._reservoir import Quota, Reservoir
 from moekit.profile._view import Cells, View
 from moekit.profile.layer import LayerProfile
+from moekit.profile.schema import FIELDS
 from moekit.profile.statistics import Room, Statistic, make
 
 Now = Callable[[], tuple[int, Cells]]
@@ -23,22 +25,32 @@ class Watch:
     """One set of statistics per block; ``attached`` observes the blocks as long as it is open."""
 
     def __init__(
-        self, blocks: Sequence[MoEBlock], names: Sequence[str], num_domains: int, num_sampled: int, num_traced: int
+        self, blocks: Sequence[MoEBlock], names: Sequence[str], num_domains: int, quota: Quota, num_traced: int
     ) -> None:
-        self.blocks = list(blocks)
+        self.blocks, self._names, self._num_domains, self._quota = list(blocks), names, num_domains, quota
         self._before: dict[int, tuple[int, Tensor]] = {}
         self._statistics: list[dict[str, Statistic]] = []
+        self._samples: list[Reservoir] = []
         for index, block in enumerate(self.blocks):
             previous = self.blocks[index - 1].num_experts if index else 0
-            room = Room(block.num_experts, num_domains, previous, num_sampled, num_traced)
+            self._samples.append(Reservoir(quota.tokens, quota.each(block.num_experts, block.top_k)))
+            room = Room(block.num_experts, num_domains, previous, num_traced, self._samples[-1])
             self._statistics.append({name: make(name, room) for name in names})
 
-    def moment_bytes(self) -> int:
-        """Bytes the second moments of all layers will take; every other sum is small beside a layer."""
-        squares = [block.hidden_size**2 * 8 for block in self.blocks]
-        wide = [n * block.num_experts for n, block in zip(squares, self.blocks, strict=True)]
-        kept = self._statistics[0] if self._statistics else {}
-        return sum(squares) * ("input_moments" in kept) + sum(wide) * ("expert_moments" in kept)
+    def kept_bytes(self, tokens: int) -> int:
+        """Bytes that second moments and samples of all layers can come to over so many tokens; every other sum is
+        small beside a layer."""
+        return sum(self._moment_bytes(block) + self._sample_bytes(block, tokens) for block in self.blocks)
+
+    def _moment_bytes(self, block: MoEBlock) -> int:
+        square = block.hidden_size**2 * 8
+        return square * (("input_moments" in self._names) + block.num_experts * ("expert_moments" in self._names))
+
+    def _sample_bytes(self, block: MoEBlock, tokens: int) -> int:
+        widths = {"hidden": block.hidden_size, "sample_logits": block.num_experts, "sample_weight": block.top_k}
+        width = sum(size for name, size in widths.items() if name in self._names) + block.top_k + 3
+        wanted = any(FIELDS[name].axes[0] == "s" for name in self._names)
+        return min(tokens, self._quota.most(block.num_experts, block.top_k)) * width * 4 * wanted
 
     @contextmanager
     def attached(self, now: Now) -> Iterator[None]:
@@ -60,8 +72,15 @@ class Watch:
         # The batch waits between layers; ids as int32 on the CPU are the least it can carry along.
         self._before[batch] = (index, observation.routing.expert.int().cpu())
         if len(view.cell_T):
+            self._admit(index, view)
             for statistic in self._statistics[index].values():
                 statistic.observe(view)
+
+    def _admit(self, index: int, view: View) -> None:
+        """Let the reservoir choose, so that all statistics of the sample keep the same tokens."""
+        if view.priority_T is not None:
+            domain_T, expert_TK = view.domain_T(self._num_domains).cpu(), view.expert_TK.cpu()
+            view.sampled = self._samples[index].admit(view.priority_T, domain_T.numpy(), expert_TK.numpy())
 
     def layers(self, domains: tuple[str, ...]) -> dict[str, LayerProfile]:
         """What was seen so far, layer by layer."""

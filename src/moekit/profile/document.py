@@ -12,6 +12,7 @@ import numpy as np
 
 from moekit.errors import ProfileError
 from moekit.profile import _file, _merge
+from moekit.profile._reservoir import Quota
 from moekit.profile.layer import LayerProfile, RoutePlan
 
 LEAST_TOKENS = 32
@@ -27,11 +28,8 @@ class LayerPlans(Protocol):
 
 @dataclass(frozen=True)
 class Tokens:
-    """Which tokens the rows of samples and traces are, all arrays of one length.
-
-    A sample has ``priority`` (uint64; the smallest are kept) and ``domain``; a trace has ``sequence``, ``position``,
-    ``domain`` and ``phase`` (index into ``schema.PHASES``).
-    """
+    """Which tokens the rows of traces are, all arrays of one length: ``sequence``, ``position``, ``domain`` and
+    ``phase`` (index into ``schema.PHASES``)."""
 
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
 
@@ -55,7 +53,6 @@ class Profile:
     layers: Mapping[str, LayerProfile]
     held_out: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
-    sample: Tokens = field(default_factory=Tokens)
     trace: Tokens = field(default_factory=Tokens)
 
     @cached_property
@@ -68,6 +65,11 @@ class Profile:
         """What every layer has."""
         common = set.intersection(*(set(layer.arrays) for layer in self.layers.values())) if self.layers else set()
         return tuple(sorted(common))
+
+    @property
+    def quota(self) -> Quota:
+        """How many tokens of each layer and expert the sample was to hold."""
+        return Quota(int(self.options.get("sample", 0)), float(self.options.get("balanced", 0.0)))
 
     @property
     def num_tokens(self) -> int:
@@ -91,6 +93,15 @@ class Profile:
     def starved(self, least: int = LEAST_TOKENS) -> dict[str, tuple[int, ...]]:
         """Layer -> experts that fewer than ``least`` tokens chose; layers without any are left out."""
         found = {name: layer.starved(least) for name, layer in self.layers.items()}
+        return {name: experts for name, experts in found.items() if experts}
+
+    def undersampled(self, least: int | None = None) -> dict[str, tuple[int, ...]]:
+        """Layer -> experts with fewer than ``least`` sampled tokens (None: what a balanced sample promises, at least
+        1); layers without any are left out. Raises ProfileError where nothing was sampled."""
+        found = {}
+        for name, layer in self.layers.items():
+            wanted = max(1, self.quota.each(layer.num_experts, layer.top_k)) if least is None else least
+            found[name] = tuple(np.flatnonzero(layer.sampled() < wanted).tolist())
         return {name: experts for name, experts in found.items() if experts}
 
     def merge(self, other: Profile) -> Profile:

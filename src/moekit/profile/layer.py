@@ -107,6 +107,11 @@ class LayerProfile:
         """Experts with fewer than ``least`` tokens: their figures mean little."""
         return tuple(np.flatnonzero(self.total("counts") < least).tolist())
 
+    def sampled(self) -> np.ndarray:
+        """[E] sampled tokens that chose each expert."""
+        chosen = self.array("sample_expert")
+        return np.bincount(chosen[chosen >= 0], minlength=self.num_experts)
+
     def recombined(self, plan: RoutePlan) -> LayerProfile:
         """This layer as a plan leaves it: one column per stored expert, fed by every router row that calls it.
 
@@ -134,9 +139,11 @@ def _recombine(array: np.ndarray, axes: str, feeds: np.ndarray, name: str) -> np
     """``feeds`` [M, E] of 0 and 1 applied along every axis e."""
     if name == "max_abs_down":
         return np.where(feeds > 0, array, 0.0).max(axis=1)
-    if name in ("trace_expert", "trace_weight"):
-        if name == "trace_weight":
-            return array
+    if name == "sample_logits":
+        # A merged expert is reached by whichever of its rows the router likes best.
+        rows = [array[:, np.flatnonzero(feed)].max(axis=1, initial=-np.inf) for feed in feeds]
+        return np.stack(rows, axis=1).astype(array.dtype)
+    if name in ("trace_expert", "sample_expert"):
         target = np.append(np.where(feeds.any(axis=0), feeds.argmax(axis=0), -1), -1).astype(array.dtype)
         return target[array]
     for axis, letter in enumerate(axes):

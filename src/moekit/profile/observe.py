@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ from moekit.checkpoint import Checkpoint
 from moekit.errors import MoekitError, OptionError, UnsupportedModelError
 from moekit.profile._choose import choose, prefill_cells
 from moekit.profile._decode import Generation
+from moekit.profile._reservoir import Quota
 from moekit.profile._sequences import Batch, batches, cut
 from moekit.profile._watch import Watch
 from moekit.profile.document import Profile
-from moekit.profile.schema import ALWAYS, DEFAULT, FIELDS
+from moekit.profile.schema import ALWAYS, DEFAULT, FIELDS, SAMPLE_KEYS
 from moekit.profile.texts import check_texts
 from moekit.stream import LoadedModel, StreamedModel, cap, open_model
 
@@ -49,6 +51,7 @@ def profile(
     decode_tokens: int = 0,
     held_out: float = 0.1,
     sample: int = 64,
+    balanced: float = 0.0,
     trace: int = 4096,
     max_ram: int | float | str | None = None,
     device: str = "auto",
@@ -65,7 +68,10 @@ def profile(
         statistics: names from ``schema.FIELDS``; the default set if None. Counts are always kept.
         decode_tokens: generate this many tokens greedily after each piece and observe them as decode. In memory only.
         held_out: share of each domain's pieces kept aside, unread, for measuring later.
-        sample, trace: most tokens whose hidden states, and whose routing, are kept as they are.
+        sample: tokens of each layer whose hidden states and routing are kept as they are, domains in turn.
+        balanced: more sampled tokens where they are needed for every expert to have this many times its even share
+            (K / E of ``sample``); EAQuant uses 2.0. Who has fewer all the same: ``Profile.undersampled``.
+        trace: most tokens whose routing alone is kept.
         max_ram: cap on the process's resident set; the model is streamed where it does not fit.
         seed: of the choice of pieces and samples.
         progress: told (done, total) as layers, or batches in memory, finish.
@@ -75,6 +81,7 @@ def profile(
     """
     documents, names = check_texts(texts), _names(statistics)
     _check_options(max_tokens, sequence_length, decode_tokens, held_out, sample, trace, len(documents))
+    _check_balanced(balanced, sample)
     subject = _subject(model, tokenizer, device, max_ram)
     runner, domains = subject.runner, tuple(documents)
     length = min(sequence_length, _longest(runner.model) - decode_tokens)
@@ -84,8 +91,9 @@ def profile(
     chosen = choose(sequences, sample=sample, trace=trace, decode=decode_tokens, seed=seed)
     pad = subject.tokenizer.pad_token_id or 0
     grouped = batches(sequences, tokens=BATCH_TOKENS, pad=pad, padded=not decode_tokens)
-    watch = Watch(_moe_blocks(subject), names, len(domains), len(chosen.sample), len(chosen.trace))
-    cap(max_ram).require(watch.moment_bytes(), "keeping the second moments of every layer")
+    watch = Watch(_moe_blocks(subject), names, len(domains), Quota(sample, balanced), len(chosen.trace))
+    needed = watch.kept_bytes(sum(len(s.ids) for s in sequences))
+    cap(max_ram).require(needed, "keeping samples and second moments of every layer")
     tell = progress or (lambda done, total: None)
     if decode_tokens:
         _check_generates(runner)
@@ -95,10 +103,9 @@ def profile(
         _read(runner, watch, grouped, cells, tell)
     options = {
         "sequence_length": length, "max_tokens": max_tokens, "decode_tokens": decode_tokens, "held_out": held_out,
-        "sample": sample, "trace": trace, "seed": seed, "sequences": len(sequences),
+        "sample": sample, "balanced": balanced, "trace": trace, "seed": seed, "sequences": len(sequences),
     }  # fmt: skip
-    layers = watch.layers(domains)
-    return Profile(subject.source, subject.name, domains, layers, aside, options, chosen.sample, chosen.trace)
+    return Profile(subject.source, subject.name, domains, watch.layers(domains), aside, options, chosen.trace)
 
 
 def _read(
@@ -119,6 +126,8 @@ def _names(statistics: Sequence[str] | None) -> list[str]:
             near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0)
             raise OptionError(f"unknown statistic '{name}': did you mean '{near[0]}'? Known: {', '.join(FIELDS)}")
     wanted = set(DEFAULT if statistics is None else statistics) | set(ALWAYS)
+    if any(FIELDS[name].axes[0] == "s" for name in wanted):
+        wanted |= set(SAMPLE_KEYS)
     return [name for name in FIELDS if name in wanted]
 
 
@@ -134,6 +143,13 @@ def _check_options(
     for name, value in (("decode_tokens", decode), ("sample", sample), ("trace", trace)):
         if value < 0:
             raise OptionError(f"{name} is {value}: it cannot be negative")
+
+
+def _check_balanced(balanced: float, sample: int) -> None:
+    if not (math.isfinite(balanced) and balanced >= 0):
+        raise OptionError(f"balanced is {balanced}: give a multiple of an even share, such as 2.0, or 0 for none")
+    if balanced and not sample:
+        raise OptionError(f"balanced is {balanced}, but no tokens are sampled: give a sample above 0")
 
 
 def _subject(model: Runnable, tokenizer: Any, device: str, max_ram: int | float | str | None) -> _Subject:

@@ -1,7 +1,8 @@
 """What a profile may hold: the name of every statistic, the axes of its array, and what its numbers mean.
 
 The one table that observing, merging, saving and the documentation share. Axes by letter: h half, d domain, p phase,
-e expert of this layer, f expert of the MoE layer before it, i hidden unit, s sampled token, t traced token, k slot.
+e expert of this layer, f expert of the MoE layer before it, i hidden unit, s sampled token, t traced token, k slot,
+b bin of a histogram.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 HALVES = 2
 """Sequences are dealt in turn to two halves, so that every figure has a second, independent one to be held against."""
 PHASES = ("prefill", "decode")
+RATIO_BINS = 200
+"""Bins of equal width in 0..1 for the ratio of two combine weights."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,11 @@ FIELDS: dict[str, Field] = {
     "input_moments": Field("ii", "sum over tokens of the outer product of the experts' input", default=False),
     "expert_moments": Field("eii", "the same over each expert's own tokens", default=False),
     "hidden": Field("si", "inputs of the experts at the sampled tokens", merge="rows"),
+    "sample_expert": Field("sk", "experts of the sampled tokens, -1 where a slot is unused", merge="rows"),
+    "sample_weight": Field("sk", "their combine weights", merge="rows"),
+    "sample_logits": Field("se", "router logits of the sampled tokens", merge="rows"),
+    "sample_domain": Field("s", "domains of the sampled tokens, as index into the profile's domains", merge="rows"),
+    "sample_priority": Field("s", "their priorities: which tokens a sample keeps", merge="rows"),
     "trace_expert": Field("tk", "experts of the traced tokens, -1 where a slot is unused", merge="rows"),
     "trace_weight": Field("tk", "their combine weights", merge="rows"),
 }
@@ -49,3 +57,5 @@ FIELDS: dict[str, Field] = {
 DEFAULT = tuple(name for name, field in FIELDS.items() if field.default)
 ALWAYS = ("tokens", "counts")
 """Without these no other figure can be read."""
+SAMPLE_KEYS = ("sample_expert", "sample_domain", "sample_priority")
+"""What decides which tokens are sampled: kept with any other statistic of the sample."""

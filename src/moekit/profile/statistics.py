@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moekit.profile._reservoir import Reservoir
 from moekit.profile._view import Cells, View, one_hot
 from moekit.profile.schema import HALVES, PHASES
 
@@ -25,8 +26,8 @@ class Room:
     num_experts: int
     num_domains: int
     num_previous: int = 0
-    num_sampled: int = 0
     num_traced: int = 0
+    sample: Reservoir | None = None
 
     @property
     def cells(self) -> tuple[int, int, int]:
@@ -134,15 +135,15 @@ class ExpertMoments:
         return None if self._sum is None else self._sum.numpy()
 
 
-class Rows:
-    """Keeps a figure [T, width] of chosen tokens, each at the row that was set aside for it."""
+class Traced:
+    """Keeps a figure [T, width] of the traced tokens, each at the row that was set aside for it."""
 
-    def __init__(self, rows: int, figure: Callable[[View], Tensor], which: str, fill: float, kind: type) -> None:
-        self._rows, self._figure, self._which, self._fill, self._kind = rows, figure, which, fill, kind
+    def __init__(self, rows: int, figure: Callable[[View], Tensor], fill: float, kind: type) -> None:
+        self._rows, self._figure, self._fill, self._kind = rows, figure, fill, kind
         self._kept: np.ndarray | None = None
 
     def observe(self, view: View) -> None:
-        position, row = getattr(view.cells, self._which)
+        position, row = view.cells.trace
         if not len(position):
             return
         seen = self._figure(view)[_among_real(view.cells.cell, position)].cpu().numpy()
@@ -152,6 +153,30 @@ class Rows:
 
     def result(self) -> np.ndarray | None:
         return self._kept
+
+
+class Sampled:
+    """Keeps a figure [T] or [T, width] of the tokens in the layer's sample, at the place each was given."""
+
+    def __init__(self, room: Room, figure: Callable[[View], Tensor | np.ndarray | None], kind: type) -> None:
+        self._room, self._figure, self._kind = room, figure, kind
+        self._kept: np.ndarray | None = None
+
+    def observe(self, view: View) -> None:
+        position, place = view.sampled
+        if not len(position) or (figure := self._figure(view)) is None:
+            return
+        seen = figure[position] if isinstance(figure, np.ndarray) else figure[torch.from_numpy(position)].cpu().numpy()
+        kept = np.zeros((0, *seen.shape[1:]), dtype=self._kind) if self._kept is None else self._kept
+        if (needed := int(place.max()) + 1) > len(kept):
+            more = np.zeros((max(needed - len(kept), len(kept) // 4), *kept.shape[1:]), dtype=self._kind)
+            kept = np.concatenate([kept, more])
+        kept[place] = seen
+        self._kept = kept
+
+    def result(self) -> np.ndarray | None:
+        kept, self._kept = self._kept, None  # not twice in memory: samples are wide
+        return None if kept is None or self._room.sample is None else kept[self._room.sample.order]
 
 
 def _among_real(cell: Tensor, position: object) -> Tensor:
@@ -204,8 +229,13 @@ def make(name: str, room: Room) -> Statistic:
         "logit_gram": lambda: Product(_logits),
         "input_moments": lambda: Product(lambda v: (v.x_TH, v.x_TH)),
         "expert_moments": lambda: ExpertMoments(room),
-        "hidden": lambda: Rows(room.num_sampled, lambda v: v.x_TH.float(), "sample", 0.0, np.float32),
-        "trace_expert": lambda: Rows(room.num_traced, lambda v: v.expert_TK, "trace", -1, np.int32),
-        "trace_weight": lambda: Rows(room.num_traced, lambda v: v.weight_TK, "trace", 0.0, np.float32),
+        "hidden": lambda: Sampled(room, lambda v: v.read_TH, np.float32),
+        "sample_expert": lambda: Sampled(room, lambda v: v.expert_TK, np.int32),
+        "sample_weight": lambda: Sampled(room, lambda v: v.combine_TK, np.float32),
+        "sample_logits": lambda: Sampled(room, lambda v: v.logits_TE, np.float32),
+        "sample_domain": lambda: Sampled(room, lambda v: v.domain_T(room.num_domains), np.int32),
+        "sample_priority": lambda: Sampled(room, lambda v: v.priority_T, np.uint64),
+        "trace_expert": lambda: Traced(room.num_traced, lambda v: v.expert_TK, -1, np.int32),
+        "trace_weight": lambda: Traced(room.num_traced, lambda v: v.weight_TK, 0.0, np.float32),
     }
     return makers[name]()

@@ -62,7 +62,25 @@ def tables(profile: Profile, least: int) -> list[Table]:
         rows = tuple((name, len(experts), _listed(experts)) for name, experts in starved.items())
         note = f"chosen for fewer than {least} tokens: their figures mean little; give more text"
         found.append(Table("Starved experts", ("layer", "number", "experts"), rows, note))
+    if profile.quota.balanced and "sample_expert" in profile.statistics:
+        found.append(_sample(profile))
     return found
+
+
+def _sample(profile: Profile) -> Table:
+    short, quota = profile.undersampled(), profile.quota
+    rows = tuple(
+        (
+            layer.name,
+            len(layer.array("sample_expert")),
+            quota.each(layer.num_experts, layer.top_k),
+            int(layer.sampled().min()),
+            _listed(short.get(layer.name, ())) or "-",
+        )
+        for layer in profile.layers.values()
+    )
+    note = f"every expert was to have {quota.balanced:g} times its even share; short: fewer, the text has no more"
+    return Table("Sample", ("layer", "tokens", "wanted each", "fewest", "short"), rows, note)
 
 
 def _text(profile: Profile) -> Table:
