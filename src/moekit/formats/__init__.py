@@ -1,7 +1,21 @@
-"""How a bank is stored: dense, or packed integers."""
+"""How a bank is stored: dense, or in one of the formats of :data:`FORMATS`."""
 
 from .dense import DenseBank
-from .packed import WIDTHS, PackedBank, packed_nbytes
+from .latent import LatentBank
+from .lowrank import Factors, LowRankBank
+from .packed import WIDTHS, Codes, PackedBank, packed_nbytes
 from .registry import FORMATS, allocate, with_tensors
 
-__all__ = ["FORMATS", "WIDTHS", "DenseBank", "PackedBank", "allocate", "packed_nbytes", "with_tensors"]
+__all__ = [
+    "FORMATS",
+    "WIDTHS",
+    "Codes",
+    "DenseBank",
+    "Factors",
+    "LatentBank",
+    "LowRankBank",
+    "PackedBank",
+    "allocate",
+    "packed_nbytes",
+    "with_tensors",
+]

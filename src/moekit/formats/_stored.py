@@ -74,7 +74,8 @@ class StoredBank(ExpertBank):
             raise OptionError(f"the description of {cls.FORMAT} experts lacks {error}") from None
         empty = cls(stored={}, shape=shape, dtype=dtype, activation=activation, **fields)  # type: ignore[call-arg]
         specs = sorted([*empty.layout(), *(empty._biases() if bias else ())], key=_expert_of)
-        return replace(empty, stored={name: torch.empty(s, dtype=kind, device=device) for name, s, kind in specs})
+        made = {name: torch.empty(size, dtype=kind, device=device) for name, size, kind in specs}
+        return replace(empty, stored=made)  # type: ignore[type-var]
 
     @classmethod
     def _fields(cls, describe: Mapping[str, Any], gated: bool) -> dict[str, Any]:
@@ -195,10 +196,20 @@ def matrices(weights: ExpertWeights, parts: Sequence[str]) -> dict[str, Tensor]:
     return {part: m.detach() for part, m in zip(parts, (*up, weights.down), strict=True)}
 
 
-def biases(weights: ExpertWeights, expert: int) -> dict[str, Tensor]:
-    """The biases of a dense expert by their stored names; empty where it has none."""
-    pairs = (("gate_up", weights.gate_up_bias), ("down", weights.down_bias))
-    return {f"{expert}.{part}.bias": bias.detach().clone() for part, bias in pairs if bias is not None}
+def biases(dense: DenseBank) -> dict[str, Tensor]:
+    """The biases of a dense bank by their stored names; empty where it has none."""
+    pairs = (("gate_up", dense.gate_up_bias), ("down", dense.down_bias))
+    return {
+        f"{expert}.{part}.bias": row.detach().clone()
+        for part, bias in pairs
+        if bias is not None
+        for expert, row in enumerate(bias)
+    }
+
+
+def given_biases(biases: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Biases given as "gate_up" and "down" of each expert, by their stored names."""
+    return {f"{e}.{part}.bias": given[part] for e, given in enumerate(biases) for part in ("gate_up", "down")}
 
 
 def each(value: Any, count: int, what: str) -> tuple[Any, ...]:
@@ -207,6 +218,11 @@ def each(value: Any, count: int, what: str) -> tuple[Any, ...]:
     if len(values) != count:
         raise OptionError(f"{what} lists {len(values)} experts, but the bank has {count}: give one number or one each")
     return values
+
+
+def own(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous copy that keeps nothing else in memory."""
+    return tensor.detach().to(dtype).clone(memory_format=torch.contiguous_format)
 
 
 def finite(weight: Tensor, name: str) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..bank import SILU_MUL, Activation
 from ..errors import OptionError
 from . import _grid
-from ._stored import Spec, StoredBank, biases, each, finite, matrices
+from ._stored import Spec, StoredBank, biases, each, finite, given_biases, matrices
 from .dense import DenseBank
 
 WIDTHS = (1, 2, 3, 4, 8, 16)
@@ -72,14 +72,12 @@ class PackedBank(StoredBank):
         widths, sizes = _numbers(bits, group_size, dense.num_experts)
         stored: dict[str, Tensor] = {}
         for expert, (width, size) in enumerate(zip(widths, sizes, strict=True)):
-            weights = dense.expert(expert)
-            for part, weight in matrices(weights, cls.PARTS).items():
+            for part, weight in matrices(dense.expert(expert), cls.PARTS).items():
                 name = f"{expert}.{part}"
                 made: Codes | Tensor = weight.clone() if width == 16 else _codes(weight, width, size, name)
                 stored |= _stored(name, made, width)
-            stored |= biases(weights, expert)
         shape = (dense.hidden_size, dense.intermediate_size)
-        return cls(stored, widths, sizes, shape, dense.dtype, dense.activation)
+        return cls(stored | biases(dense), widths, sizes, shape, dense.dtype, dense.activation)
 
     @classmethod
     def from_codes(
@@ -103,12 +101,10 @@ class PackedBank(StoredBank):
         if not experts:
             raise OptionError("a bank needs at least one expert, got none")
         widths, sizes = _numbers(bits, group_size, len(experts))
-        stored: dict[str, Tensor] = {}
+        stored = given_biases(biases)
         for expert, parts in enumerate(experts):
             for part in cls.PARTS:
                 stored |= _stored(f"{expert}.{part}", parts[part], widths[expert])
-            if biases:
-                stored |= {f"{expert}.{part}.bias": biases[expert][part] for part in cls.PARTS}
         down = experts[0]["down"]
         rows, columns = (down.integers if isinstance(down, Codes) else down).shape
         return cls(stored, widths, sizes, (rows, columns), dtype, activation).checked()

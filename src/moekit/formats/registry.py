@@ -14,9 +14,12 @@ from torch import Tensor
 
 from ..bank import SILU_MUL, Activation, ExpertBank
 from ..errors import OptionError
+from ._stored import StoredBank
+from .latent import LatentBank
+from .lowrank import LowRankBank
 from .packed import PackedBank
 
-FORMATS: dict[str, Any] = {"packed": PackedBank}
+FORMATS: dict[str, type[StoredBank]] = {kind.FORMAT: kind for kind in (PackedBank, LowRankBank, LatentBank)}
 """Class of each stored format; a description without a format is of packed integers."""
 
 
