@@ -217,7 +217,7 @@ def moekit(folder: Path, twin: Path | None = None, *, family: str = "qwen3_moe",
             stored.pop(tensor.name, None)
         stored |= {f"{layer.name}.experts.{name}": tensor for name, tensor in bank.tensors().items()}
         dense |= source.write_bank(layer.name, bank.dequantise())
-        layers[layer.name] = describe_layer(bank.describe(), range(layer.num_experts))
+        layers[layer.name] = describe_layer(bank, range(layer.num_experts))
     _finish(folder, twin, stored, dense, config, {"quant_method": "moekit", "version": 1, "layers": layers})
 
 

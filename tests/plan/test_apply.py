@@ -225,13 +225,6 @@ def test_padding_needs_a_bias_and_no_groups(tmp_path: Path) -> None:
             apply(checkpoint, plan, tmp_path / "out", format="stock", materialise=True)
 
 
-def test_a_packed_source_is_refused(tmp_path: Path) -> None:
-    miniatures.write("moekit", tmp_path / "source")
-    checkpoint = Checkpoint.open(tmp_path / "source")
-    with pytest.raises(PlanError, match=r"already packed by moekit; apply plans to the model it was made from"):
-        apply(checkpoint, plan_of(checkpoint, keep), tmp_path / "out")
-
-
 def test_a_plan_for_another_model_and_damaged_weights(tmp_path: Path) -> None:
     checkpoint = source(tmp_path)
     with pytest.raises(PlanError, match="another model"):
@@ -296,9 +289,15 @@ def test_text_is_measured_by_domain_or_token_ids(tmp_path: Path) -> None:
     assert found is not None
     assert found["kl"] > 0
     assert 0 < found["bits_per_byte_source"] < 20
+    assert set(found["domains"]) == {"prose", "code"}
+    assert sum(one["tokens"] for one in found["domains"].values()) == found["tokens"]
+    assert found["domains"]["code"]["kl_low"] <= found["domains"]["code"]["kl"] <= found["domains"]["code"]["kl_high"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| code | {found['domains']['code']['tokens']} | {found['domains']['code']['kl']:.5f} [" in card
     ids = [checkpoint.tokenizer()("the quick brown fox")["input_ids"]]
     again = apply(checkpoint, plan, tmp_path / "ids", text=ids).divergence
     assert again["tokens"] == len(ids[0]) - 1
+    assert "domains" not in again
     unchanged = apply(
         checkpoint, plan_of(checkpoint, lambda layer: LayerPlan.identity(8)), tmp_path / "same", text=text
     )

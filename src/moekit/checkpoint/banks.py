@@ -7,70 +7,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moekit.bank import Activation
+from moekit.bank import Activation, ExpertWeights
 from moekit.checkpoint import decode
 from moekit.checkpoint.layers import ExpertTensor, MoELayer
 from moekit.checkpoint.names import EXPERT_INDEX
 from moekit.checkpoint.reader import Reader
+from moekit.checkpoint.scheme import Scheme, stored_bank
 from moekit.checkpoint.stock import stock_tensors
 from moekit.checkpoint.storage import Stored
 from moekit.errors import CheckpointError, OptionError, UnsupportedModelError
-from moekit.formats import DenseBank, _grid
-
-METHODS = ("fp8", "mxfp4", "compressed-tensors", "moekit")
-"""Quantisation methods whose layouts are read."""
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """What config.json says about quantisation; ``dtype`` is what quantised weights decode to."""
-
-    config: Mapping[str, Any]
-    dtype: torch.dtype
-
-    def __post_init__(self) -> None:
-        method = self.config.get("quant_method", METHODS[0])
-        if method not in METHODS:
-            raise UnsupportedModelError(f"this checkpoint is quantised by {method}; moekit reads {', '.join(METHODS)}")
-
-    @property
-    def block(self) -> tuple[int, int]:
-        rows, columns = self.config.get("weight_block_size") or (128, 128)
-        return int(rows), int(columns)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """How many experts each layer in moekit's format stores."""
-        packed = self.config.get("layers") if self.config.get("quant_method") == "moekit" else None
-        return {name: int(layer["experts"]) for name, layer in (packed or {}).items()}
-
-    def packed(self, layer: str) -> tuple[list[int], list[int]]:
-        """Bits and group size of each expert of a layer in moekit's format."""
-        from moekit.checkpoint.quantizer import expand_layer
-
-        entry = self.config.get("layers", {}).get(layer)
-        if entry is None:
-            raise CheckpointError(f"quantization_config does not describe {layer}, whose experts are packed")
-        bank, _ = expand_layer(entry)
-        return bank["bits"], bank["group_size"]
+from moekit.formats import DenseBank
 
 
 def matrix(reader: Reader, scheme: Scheme, layer: MoELayer, tensor: ExpertTensor, expert: int) -> Tensor:
     """One expert's share of a tensor as a matrix [out, in] (or a bias [out]), decoded; gate and up as stored."""
     parts = {role: own(reader, name, tensor, expert) for role, name in tensor.stored.tensors.items()}
     columns = layer.intermediate_size if tensor.part == "down" else layer.hidden_size
-    value = decode_parts(parts, scheme, columns, (layer.name, expert))
+    value = decode_parts(parts, scheme, columns)
     return value.mT if tensor.transposed else value
 
 
-def decode_parts(parts: Mapping[str, Tensor], scheme: Scheme, columns: int, where: tuple[str, int] | None) -> Tensor:
+def decode_parts(parts: Mapping[str, Tensor], scheme: Scheme, columns: int) -> Tensor:
     """The matrix that a group of stored tensors stands for, by role (see :mod:`storage`)."""
     if parts.keys() - {"input_scale", "input_global_scale"} == {"weight"}:
         return parts["weight"]
@@ -83,10 +45,6 @@ def decode_parts(parts: Mapping[str, Tensor], scheme: Scheme, columns: int, wher
     elif "packed" in parts:
         bits = parts["packed"].shape[-1] * 32 // columns
         value = decode.packed_integers(parts["packed"], parts["scale"], columns, bits, parts.get("zero_point"))
-    elif "qweight" in parts and where is not None:
-        bits, sizes = scheme.packed(where[0])
-        integers = _grid.unpack(parts["qweight"], bits[where[1]], columns)
-        return _grid.decode(integers, parts["qscales"], parts["qmins"], sizes[where[1]], scheme.dtype)
     else:
         scale = parts.get("scale", parts.get("scale_inv"))
         if scale is None:
@@ -115,6 +73,11 @@ def read_bank(
     """The named experts (all if None), in that order, as a canonical bank; only their bytes are read."""
     chosen = list(range(layer.num_experts)) if experts is None else list(experts)
     check_experts(layer, chosen)
+    if any(tensor.canonical for tensor in layer.expert_tensors):
+        bank = stored_bank(reader, scheme, layer, activation, chosen)
+        plain = (bank.expert(e) for e in chosen)
+        cast = [ExpertWeights(*(t if t is None or dtype is None else t.to(dtype) for t in one)) for one in plain]
+        return DenseBank.stack(cast, activation)
     check_whole(layer)
     by_expert: dict[int | None, list[ExpertTensor]] = {}
     for tensor in layer.expert_tensors:
@@ -171,10 +134,10 @@ def plain(
 ) -> Tensor:
     """One whole weight, decoded, in the layout the family has without quantisation."""
     parts = {role: reader.read(name) for role, name in stored.tensors.items()}
-    if stored.carrier == "qweight":
+    if tensor is not None and tensor.canonical:
         raise CheckpointError(f"{stored.name} is packed by moekit: read it through its layer's bank")
     columns = int(parts["shape"][-1]) if "shape" in parts else 0
-    value = decode_parts(parts, scheme, columns, None)
+    value = decode_parts(parts, scheme, columns)
     if tensor is not None and tensor.plain_transposed != tensor.transposed:
         value = value.mT.contiguous()
     return value if dtype is None or not value.is_floating_point() else value.to(dtype)

@@ -19,6 +19,7 @@ from moekit.checkpoint import banks, remote, resolve, skeleton
 from moekit.checkpoint.headers import TensorInfo, join_headers, read_header
 from moekit.checkpoint.layers import Classified, ExpertTensor, MoELayer, classify
 from moekit.checkpoint.reader import Reader
+from moekit.checkpoint.scheme import Scheme, stored_bank
 from moekit.checkpoint.storage import Stored, group
 from moekit.checkpoint.structure import Structure, structure
 from moekit.checkpoint.summary import Summary, summarise
@@ -166,6 +167,11 @@ class Checkpoint:
         moe = self.layer(layer)
         return banks.read_bank(self._reader, self.scheme, moe, self._activation(moe), experts, dtype)
 
+    def stored_bank(self, layer: str, device: str = "cpu") -> Any:
+        """The experts of a layer in moekit's own format, as they are stored; on the meta device nothing is read."""
+        moe = self.layer(layer)
+        return stored_bank(self._reader, self.scheme, moe, self._activation(moe), None, device)
+
     def write_bank(self, layer: str, bank: DenseBank) -> dict[str, Tensor]:
         """The tensors that hold ``bank`` in this family's names and layout: the inverse of :meth:`bank`, bit for bit.
 
@@ -180,11 +186,11 @@ class Checkpoint:
         return banks.rename_index(name, new_index + (tensor.run * (num_experts or 0) if tensor else 0))
 
     @cached_property
-    def scheme(self) -> banks.Scheme:
+    def scheme(self) -> Scheme:
         """How this checkpoint is quantised; empty if it is not."""
         quantisation = self.config.get("quantization_config") or self.config.get("compression_config") or {}
         dtype = self.transformers_config.dtype
-        return banks.Scheme(quantisation, dtype if isinstance(dtype, torch.dtype) else torch.bfloat16)
+        return Scheme(quantisation, dtype if isinstance(dtype, torch.dtype) else torch.bfloat16)
 
     def skeleton(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """A fresh model of the right class on the meta device; packed layers have packed experts and their masks."""

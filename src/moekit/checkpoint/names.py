@@ -10,8 +10,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 
 EXPERT_INDEX = re.compile(r"(?<=experts\.)((?:expert_)?)(\d+)(?=\.)")
-_PACKED = re.compile(r"(.*\.experts)\.\d+\.(gate_up|down)(\.weight|\.bias)?")
-"""Expert tensors as moekit's packed format names them."""
+_OWN = re.compile(r"(.*\.experts)\.(?:\d+|shared)\.(gate_up|gate|up|down)(\.\w+)?")
+"""Expert tensors as moekit's own formats name them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class NameMap:
         if found not in self._state and name in self._state:
             found, pattern = rename_source_key(name, [], [], self._prefix, self._state)
         if pattern is None:
-            packed = _PACKED.fullmatch(found)
+            packed = _OWN.fullmatch(found)
             return Target(self._stock_name(packed), operations=("Canonical",)) if packed else Target(found)
         converter = self._by_pattern[pattern]
         first, *others = converter.target_patterns
@@ -76,7 +76,8 @@ class NameMap:
 
     def _stock_name(self, packed: re.Match[str]) -> str:
         """The parameter that moekit's own ``experts.N.gate_up.weight`` stands for."""
-        owner, part, kind = packed[1], packed[2], "_bias" if packed[3] == ".bias" else ""
+        owner, kind = packed[1], "_bias" if packed[3] == ".bias" else ""
+        part = "down" if packed[2] == "down" else "gate_up"
         names = (f"{owner}.{part}_proj{kind}", f"{owner}.{part.removeprefix('gate_')}_proj{kind}")
         return next((name for name in names if name in self._state), names[0])
 

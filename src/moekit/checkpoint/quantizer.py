@@ -1,8 +1,8 @@
 """The quantisation method "moekit": a packed checkpoint loads by plain ``from_pretrained`` after ``import moekit``.
 
 ``quantization_config`` in config.json: ``{"quant_method": "moekit", "version": 1, "layers": {NAME: LAYER}}``. NAME is
-the module path of a Mixture-of-Experts block; layers that are not named are stock. LAYER describes a packed bank (see
-``formats.PackedBank.describe``; lists whose entries are all equal are written once, with "experts" as their length),
+the module path of a Mixture-of-Experts block; layers that are not named are stock. LAYER describes a stored bank (the
+``describe()`` of a class in ``formats.FORMATS``; "experts" is their number),
 plus "slots" where router row s does not simply call stored expert s (-1: the row is masked).
 The experts run on the packed weights; nothing is expanded at load.
 """
@@ -22,24 +22,27 @@ if TYPE_CHECKING:
 
 METHOD = "moekit"
 VERSION = 1
+_SHORT = ("bits", "group_size")
+"""Lists with an entry per expert that are written once where all entries are equal."""
 
 
-def describe_layer(bank: Mapping[str, Any], slots: Sequence[int]) -> dict[str, Any]:
-    """LAYER for a bank's ``describe()`` and its slots, as short as it can be said."""
-    layer: dict[str, Any] = {"experts": len(bank["bits"]), **bank}
-    for key in ("bits", "group_size"):
-        if len(set(bank[key])) == 1:
-            layer[key] = bank[key][0]
-    if list(slots) != list(range(layer["experts"])):
+def describe_layer(bank: Any, slots: Sequence[int]) -> dict[str, Any]:
+    """LAYER for a stored bank and its slots, as short as it can be said."""
+    count, described = bank.num_experts, bank.describe()
+    layer: dict[str, Any] = {"experts": count, **described}
+    for key in _SHORT:
+        if key in described and len(set(described[key])) == 1:
+            layer[key] = described[key][0]
+    if list(slots) != list(range(count)):
         layer["slots"] = list(slots)
     return layer
 
 
 def expand_layer(layer: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
-    """The inverse: (what ``PackedBank.allocate`` takes, slots)."""
+    """The inverse: (what ``formats.allocate`` takes, slots)."""
     bank = {key: value for key, value in layer.items() if key not in ("experts", "slots")}
-    for key in ("bits", "group_size"):
-        if not isinstance(bank[key], list):
+    for key in _SHORT:
+        if key in bank and not isinstance(bank[key], list):
             bank[key] = [bank[key]] * layer["experts"]
     return bank, list(layer.get("slots", range(layer["experts"])))
 

@@ -48,6 +48,8 @@ def check_layer(name: str, layer: LayerPlan, *, top_k: int = 1, groups: tuple[in
         )
     for index, expert in enumerate(layer.experts):
         _check_expert(f"{where}, stored expert {index}", expert, layer.num_experts)
+    if layer.values is not None and layer.values.chosen is not None and len(layer.values.chosen) != len(layer.experts):
+        raise PlanError(f"{where}: values of {len(layer.values.chosen)} experts for {len(layer.experts)} stored ones")
     for index, slot in enumerate(layer.slots):
         if not -1 <= slot < len(layer.experts):
             raise PlanError(f"{where}: slot {index} calls stored expert {slot}, but there are {len(layer.experts)}")

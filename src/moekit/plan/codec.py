@@ -2,13 +2,15 @@
 
 An expert is ``{"from": 3}`` or ``{"from": {"3": 0.25, "7": 0.75}}``, with ``bits`` and ``group_size`` where quantised
 and ``"reordered": true`` where hidden units are permuted (the orders lie in the safetensors beside the plan).
-A router row is a source row, or ``{"3": 0.5, "7": 0.5}``.
+A router row is a source row, or ``{"3": 0.5, "7": 0.5}``. ``values`` names the file with computed numbers by its
+SHA-256, with the description of the bank in it.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,8 +18,11 @@ import numpy as np
 
 from moekit.errors import PlanError
 from moekit.plan.layer import LayerPlan, Permutation, Row, StoredExpert
+from moekit.plan.values import Values
 
-LAYER_KEYS = ("why", "num_experts", "experts", "slots", "rows")
+LAYER_KEYS = ("why", "num_experts", "experts", "slots", "rows", "values")
+REQUIRED = LAYER_KEYS[1:5]
+VALUES_KEYS = ("sha256", "bank", "edits", "chosen")
 EXPERT_KEYS = ("from", "bits", "group_size", "reordered")
 
 
@@ -34,20 +39,21 @@ def check_keys(found: Mapping[str, Any], known: Iterable[str], required: Iterabl
 
 
 def layer_to_json(layer: LayerPlan) -> dict[str, Any]:
-    return {
+    found = {
         "why": layer.why,
         "num_experts": layer.num_experts,
         "experts": [_expert_to_json(expert) for expert in layer.experts],
         "slots": list(layer.slots),
         "rows": [_mix_to_json(row) for row in layer.rows],
     }
+    return found if layer.values is None else {**found, "values": _values_to_json(layer.values)}
 
 
 def layer_from_json(found: Any, name: str, orders: Mapping[str, np.ndarray]) -> LayerPlan:
     where = f"layer {name}"
     if not isinstance(found, Mapping):
         raise PlanError(f"{where}: expected an object with the keys {', '.join(LAYER_KEYS)}, found {_kind(found)}")
-    check_keys(found, LAYER_KEYS, LAYER_KEYS[1:], where)
+    check_keys(found, LAYER_KEYS, REQUIRED, where)
     for key in ("experts", "slots", "rows"):
         if not isinstance(found[key], list):
             raise PlanError(f"{where}: '{key}' must be a list, found {_kind(found[key])}")
@@ -60,6 +66,7 @@ def layer_from_json(found: Any, name: str, orders: Mapping[str, np.ndarray]) -> 
         slots=tuple(_integer(s, f"{where}, slot {i}") for i, s in enumerate(found["slots"])),
         rows=tuple(_mix_from_json(r, f"{where}, router row {i}") for i, r in enumerate(found["rows"])),
         why=str(found.get("why", "")),
+        values=_values_from_json(found["values"], where) if "values" in found else None,
     )
 
 
@@ -89,6 +96,30 @@ def dump(value: Any, depth: int = 0, flat_from: int = 4) -> str:
         body = [f"{pad}{json.dumps(key)}: {dump(item, depth + 1, flat_from)}" for key, item in value.items()]
         return "{\n" + ",\n".join(body) + f"\n{end}}}"
     return "[\n" + ",\n".join(pad + dump(item, depth + 1, flat_from) for item in value) + f"\n{end}]"
+
+
+def _values_to_json(values: Values) -> dict[str, Any]:
+    found: dict[str, Any] = {"sha256": values.digest, "bank": values.describe}
+    if values.edits:
+        found["edits"] = list(values.edits)
+    if values.chosen is not None:
+        found["chosen"] = list(values.chosen)
+    return found
+
+
+def _values_from_json(found: Any, where: str) -> Values:
+    if not isinstance(found, Mapping):
+        raise PlanError(f"{where}: values: expected an object with the keys {', '.join(VALUES_KEYS)}")
+    check_keys(found, VALUES_KEYS, VALUES_KEYS[:2], f"{where}: values")
+    if not re.fullmatch("[0-9a-f]{64}", str(found["sha256"])):
+        raise PlanError(f"{where}: values: expected the SHA-256 of a file, found {_kind(found['sha256'])}")
+    chosen = found.get("chosen")
+    return Values(
+        json.dumps(found["bank"], sort_keys=True),
+        found["sha256"],
+        tuple(found.get("edits", ())),
+        None if chosen is None else tuple(_integer(e, f"{where}: values") for e in chosen),
+    )
 
 
 def _expert_to_json(expert: StoredExpert) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The plan: what shall become of every expert of every layer, as a document one can read, diff, edit and keep.
 
-JSON, versioned; hidden-unit orders (from aligned merges) lie in a safetensors file of the same stem beside it.
+JSON, versioned; hidden-unit orders (from aligned merges) lie in a safetensors file of the same stem beside it, computed
+values in a folder of the same stem.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from moekit.errors import OutputError, PlanError
+from moekit.plan import values
 from moekit.plan.check import check_layer, check_plan
 from moekit.plan.codec import check_keys, dump, layer_from_json, layer_to_json, orders_of
 from moekit.plan.layer import LayerPlan, Permutation, StoredExpert
@@ -97,8 +99,9 @@ class Plan:
                 lines += _layer_diff(name, mine, theirs)
         return lines
 
-    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write the JSON and, where hidden units are reordered, ``<stem>.safetensors``. OutputError if it exists."""
+    def save(self, path: str | Path, *, overwrite: bool = False, with_values: bool = True) -> None:
+        """Write the JSON, ``<stem>.safetensors`` where hidden units are reordered, and ``<stem>.values`` where values
+        were computed (unless told not to: an output holds them anyway). OutputError if it exists."""
         path = Path(path)
         tables = self._orders()
         try:
@@ -107,6 +110,9 @@ class Plan:
             path.parent.mkdir(parents=True, exist_ok=True)
             if tables:
                 _replace(path.with_suffix(".safetensors"), save_tensors(tables))
+            for layer in self.layers.values() if with_values else ():
+                if layer.values is not None:
+                    values.store(layer.values, values.folder_of(path))
             _replace(path, (dump(self._to_json()) + "\n").encode())
         except OSError as error:
             raise OutputError(f"cannot write the plan to {path}: {error.strerror}") from None
@@ -126,7 +132,8 @@ class Plan:
         if found.get("version") != VERSION:
             raise PlanError(f"{path} has plan version {found.get('version')}; this moekit reads version {VERSION}")
         check_keys(found, KEYS, ("source", "layers"), str(path))
-        return cls._from_json(found, _read_orders(path, found.get("orders")))
+        plan = cls._from_json(found, _read_orders(path, found.get("orders")))
+        return replace(plan, layers={name: _with_file(layer, path) for name, layer in plan.layers.items()})
 
     @classmethod
     def _from_json(cls, found: Mapping[str, Any], orders: Mapping[str, np.ndarray]) -> Plan:
@@ -160,6 +167,12 @@ class Plan:
         if tables:
             found["orders"] = hashlib.sha256(save_tensors(tables)).hexdigest()
         return found | {"layers": {name: layer_to_json(layer) for name, layer in self.layers.items()}}
+
+
+def _with_file(layer: LayerPlan, plan: Path) -> LayerPlan:
+    if layer.values is None:
+        return layer
+    return replace(layer, values=values.find(layer.values, values.folder_of(plan)))
 
 
 def _read_orders(path: Path, digest: str | None) -> Mapping[str, np.ndarray]:

@@ -4,6 +4,9 @@ Two lists say everything. ``experts`` are the experts the output stores, each a 
 precision. ``rows`` are the rows the output's router has, each taken (or blended) from source rows, and ``slots`` says
 which stored expert each row calls. A pruned layer has as many rows as experts and ``slots == (0, 1, ...)``; a merged
 layer may keep every row and let several share an expert; slot -1 forbids a row.
+
+What no weighted sum can say (calibrated rounding, factors) has its numbers in ``values``; ``experts`` then says what
+each stored expert was made of.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moekit.errors import PlanError
+from moekit.plan.values import Values
 
 Row = tuple[tuple[int, float], ...]
 """One router row of the output: (source row, coefficient) pairs."""
@@ -79,6 +83,7 @@ class LayerPlan:
     slots: tuple[int, ...]
     rows: tuple[Row, ...]
     why: str = ""
+    values: Values | None = None
 
     @classmethod
     def keep(cls, ids: Sequence[int], num_experts: int, *, why: str = "") -> LayerPlan:
@@ -101,6 +106,10 @@ class LayerPlan:
         """Keep the router at full width; row e calls stored expert ``slots[e]``."""
         rows = tuple(((e, 1.0),) for e in range(len(slots)))
         return cls(num_experts=len(slots), experts=tuple(experts), slots=tuple(slots), rows=rows, why=why)
+
+    def valued(self, values: Values, why: str = "") -> LayerPlan:
+        """The same experts, rows and slots, but stored expert m has the m-th computed values instead of its sum."""
+        return replace(self, values=values, why="; ".join(part for part in (self.why, why) if part))
 
     def with_bits(self, bits: int | Sequence[int], group_size: int | Sequence[int] = 64) -> LayerPlan:
         """The same layer at another precision: one for all, or one per stored expert."""
@@ -147,8 +156,8 @@ class LayerPlan:
     def then(self, other: LayerPlan) -> LayerPlan:
         """This plan, then ``other`` on its result: ``other`` speaks of this plan's stored experts as its sources.
 
-        A later precision replaces an earlier one. Merging experts that were already quantised, and blending router
-        rows that already share experts, is refused with a PlanError.
+        A later precision replaces an earlier one. Merging experts that were already quantised or computed, and
+        blending router rows that already share experts, is refused with a PlanError.
         """
         if other.num_experts != len(self.experts):
             raise PlanError(
@@ -158,7 +167,22 @@ class LayerPlan:
         experts = tuple(self._stored_then(expert) for expert in other.experts)
         why = "; ".join(part for part in (self.why, other.why) if part)
         slots, rows = self._routes_then(other)
-        return LayerPlan(num_experts=self.num_experts, experts=experts, slots=slots, rows=rows, why=why)
+        values = self._values_then(other)
+        return LayerPlan(num_experts=self.num_experts, experts=experts, slots=slots, rows=rows, why=why, values=values)
+
+    def _values_then(self, other: LayerPlan) -> Values | None:
+        if self.values is None:
+            return other.values
+        if other.values is not None:
+            if self.values.edits:
+                raise PlanError("a method that replaces whole tensors cannot be followed by one that computes values")
+            return other.values
+        if not all(expert.plain for expert in other.experts):
+            raise PlanError("experts whose values were computed cannot be merged any more: merge first")
+        if not self.values.dense and any(expert.bits != 16 for expert in other.experts):
+            raise PlanError(f"experts stored as {self.values.format} cannot be rounded to integers: choose one of both")
+        chosen = [expert.parts[0][0] for expert in other.experts]
+        return self.values if chosen == list(range(len(self.experts))) else self.values.select(chosen)
 
     def _stored_then(self, later: StoredExpert) -> StoredExpert:
         parts: dict[tuple[int, Permutation | None], float] = {}

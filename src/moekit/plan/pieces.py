@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,8 +17,7 @@ from moekit.checkpoint.shards import Lazy, as_lazy
 from moekit.errors import PlanError
 from moekit.formats import DenseBank, PackedBank
 from moekit.plan.finite import copied, finite
-from moekit.plan.layer import StoredExpert
-from moekit.plan.recombine import recombined_expert
+from moekit.plan.recombine import decoded, recombined_expert
 from moekit.plan.target import LayerTarget
 
 if TYPE_CHECKING:
@@ -111,8 +110,8 @@ def exported_experts(checkpoint: Checkpoint, target: LayerTarget) -> dict[str, L
 
     def compute() -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}
-        for index, expert in enumerate(target.experts):
-            one = one_expert(checkpoint, target.layer, expert)
+        for index in range(len(target.experts)):
+            one = one_expert(checkpoint, target, index)
             for name, weight in checkpoint.write_bank(target.layer.name, one).items():
                 renamed = checkpoint.rename_expert(name, index).removesuffix("weight")
                 out |= {renamed + suffix: t for suffix, t in pack_weight(weight, bits, group).items()}
@@ -121,49 +120,84 @@ def exported_experts(checkpoint: Checkpoint, target: LayerTarget) -> dict[str, L
     return Together(compute).lazy(specs)
 
 
-def packed_experts(checkpoint: Checkpoint, target: LayerTarget) -> tuple[dict[str, Lazy], PackedBank]:
-    """Experts in moekit's packed layout, under the experts module; and the empty bank that describes them."""
-    layer = target.layer
-    prefix = f"{layer.name}.experts."
+def own_experts(checkpoint: Checkpoint, target: LayerTarget) -> tuple[dict[str, Lazy], Any]:
+    """Experts in moekit's own format, under the experts module; and the empty bank that describes them.
+
+    Taken from the source where it has that format already, from the plan where a method computed them, else rounded
+    to packed integers.
+    """
+    prefix = f"{target.layer.name}.experts."
+    if target.style == "select":
+        chosen = [expert.parts[0][0] for expert in target.experts if expert is not None]
+        empty = checkpoint.stored_bank(target.layer.name, device="meta").select(chosen)
+
+        def made() -> Mapping[str, Tensor]:
+            return checkpoint.stored_bank(target.layer.name).select(chosen).tensors()
+
+    elif target.values is not None and not target.values.dense:
+        values, activation = target.values, _activation(target.layer.shape.gated)
+        whole = values.empty(activation)
+        empty = whole if values.chosen is None else whole.select(values.chosen)
+
+        def made() -> Mapping[str, Tensor]:
+            return values.bank(activation=activation).tensors()
+
+    else:
+        empty = _empty_integers(checkpoint, target)
+
+        def made() -> Mapping[str, Tensor]:
+            return _rounded(checkpoint, target)
+
+    together = Together(lambda: {prefix + name: tensor for name, tensor in made().items()})
+    return together.lazy({prefix + name: t for name, t in empty.tensors().items()}), empty
+
+
+def _empty_integers(checkpoint: Checkpoint, target: LayerTarget) -> PackedBank:
     experts = [expert for expert in target.experts if expert is not None]
-    shape = layer.shape
+    shape = target.layer.shape
     describe = {
         "bits": [expert.bits for expert in experts],
         "group_size": [expert.group_size for expert in experts],
-        "dtype": str(_dtype(checkpoint, layer, "down")).removeprefix("torch."),
+        "dtype": str(_dtype(checkpoint, target.layer, "down")).removeprefix("torch."),
         "gated": shape.gated,
         "bias": shape.biased,
     }
     sizes = (shape.hidden_size, shape.intermediate_size)
-    empty = PackedBank.allocate(describe, *sizes, _activation(shape.gated), device="meta")
-
-    def compute() -> dict[str, Tensor]:
-        out: dict[str, Tensor] = {}
-        for index, expert in enumerate(experts):
-            bank = PackedBank.quantise(one_expert(checkpoint, layer, expert), expert.bits, expert.group_size)
-            out |= {f"{prefix}{index}.{name.partition('.')[2]}": t for name, t in bank.tensors().items()}
-        return out
-
-    return Together(compute).lazy({prefix + name: t for name, t in empty.tensors().items()}), empty
+    return PackedBank.allocate(describe, *sizes, _activation(shape.gated), device="meta")
 
 
-def one_expert(checkpoint: Checkpoint, layer: MoELayer, stored: StoredExpert | None) -> DenseBank:
+def _rounded(checkpoint: Checkpoint, target: LayerTarget) -> dict[str, Tensor]:
+    out: dict[str, Tensor] = {}
+    for index, expert in enumerate(target.experts):
+        assert expert is not None
+        bank = PackedBank.quantise(one_expert(checkpoint, target, index), expert.bits, expert.group_size)
+        out |= {f"{index}.{name.partition('.')[2]}": t for name, t in bank.tensors().items()}
+    return out
+
+
+def one_expert(checkpoint: Checkpoint, target: LayerTarget, index: int) -> DenseBank:
     """One expert of the output as a bank of one, before quantisation; reads only the experts it is made of."""
+    layer, stored = target.layer, target.experts[index]
     if stored is None:
         empty = _empty(checkpoint, layer, 1, "cpu")
         return replace(empty, **{name: tensor.zero_() for name, tensor in empty.tensors().items()})
+    if target.values is not None:
+        chosen = target.values_of[index]
+        assert chosen is not None
+        bank = target.values.bank([chosen], _activation(layer.shape.gated))
+        return decoded(bank, _dtype(checkpoint, layer, "down"))
     sources = sorted({source for source, _ in stored.parts})
-    bank = checkpoint.bank(layer.name, sources)
-    for part, tensor in bank.tensors().items():
+    dense = checkpoint.bank(layer.name, sources)
+    for part, tensor in dense.tensors().items():
         finite(tensor, f"{layer.name}, {part} of expert {sources[0] if len(sources) == 1 else sources}")
     local = replace(stored, parts=tuple((sources.index(source), c) for source, c in stored.parts))
-    return DenseBank.stack([recombined_expert(bank, local)], bank.activation)
+    return DenseBank.stack([recombined_expert(dense, local)], dense.activation)
 
 
 def _assembled(checkpoint: Checkpoint, target: LayerTarget) -> DenseBank:
     bank = _empty(checkpoint, target.layer, len(target.experts), "cpu")
-    for index, expert in enumerate(target.experts):
-        one = one_expert(checkpoint, target.layer, expert).tensors()
+    for index in range(len(target.experts)):
+        one = one_expert(checkpoint, target, index).tensors()
         for name, tensor in bank.tensors().items():
             tensor[index] = one[name][0]
     return bank
@@ -185,6 +219,9 @@ def _empty(checkpoint: Checkpoint, layer: MoELayer, count: int, device: str) -> 
 def _dtype(checkpoint: Checkpoint, layer: MoELayer, field: str) -> torch.dtype:
     """The dtype ``checkpoint.bank`` gives one of its tensors: as stored, or what quantised weights decode to."""
     kinds = {"gate_up": ("gate_up", "gate", "up"), "gate_up_bias": ("gate_up_bias", "gate_bias", "up_bias")}
+    described = checkpoint.scheme.described(layer.name)
+    if described is not None:
+        return getattr(torch, described.get("dtype", "bfloat16"))
     tensor = next(t for t in layer.expert_tensors if t.part in kinds.get(field, (field,)))
     if set(tensor.stored.tensors) == {"weight"}:
         return checkpoint.tensors[tensor.name].dtype

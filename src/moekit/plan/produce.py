@@ -60,13 +60,17 @@ class Unit:
 
 @dataclass(frozen=True)
 class Production:
-    """Everything that applying ``plan`` to ``checkpoint`` writes, in order; ``expert_names``: the routed experts'."""
+    """Everything that applying ``plan`` to ``checkpoint`` writes, in order; ``expert_names``: the routed experts'.
+
+    ``absent``: tensors whose values a method computed and whose file is not at hand, so that they cannot be made.
+    """
 
     target: Target
     config: Mapping[str, Any]
     units: tuple[Unit, ...]
     fates: Mapping[str, Fate]
     expert_names: frozenset[str]
+    absent: frozenset[str] = frozenset()
 
     @cached_property
     def tensors(self) -> dict[str, Lazy]:
@@ -92,6 +96,9 @@ class _Builder:
         self.fates: dict[str, Fate] = {}
         self.packed: dict[str, dict[str, Any]] = {}
         self.experts: set[str] = set()
+        self.absent: set[str] = set()
+        layers = [layer for layer in target.layers.values() if layer.values is not None]
+        self.edits = {name: layer.values for layer in layers if layer.values for name in layer.values.edits}
 
     def build(self) -> Production:
         self.units[REST] = {}
@@ -109,7 +116,9 @@ class _Builder:
             if tensors
         )
         config = output_config(self.checkpoint, self.target, self._quantization())
-        return Production(self.target, config, tuple(units), self.fates, frozenset(self.experts))
+        return Production(
+            self.target, config, tuple(units), self.fates, frozenset(self.experts), frozenset(self.absent)
+        )
 
     def _drop_extra(self) -> None:
         for layer, why in self.target.dropped.items():
@@ -126,9 +135,9 @@ class _Builder:
             "dense": pieces.dense_experts,
             "export": pieces.exported_experts,
         }
-        if target.style == "packed":
-            experts, bank = pieces.packed_experts(checkpoint, target)
-            self.packed[layer.name] = describe_layer(bank.describe(), target.slots)
+        if target.own:
+            experts, bank = pieces.own_experts(checkpoint, target)
+            self.packed[layer.name] = describe_layer(bank, target.slots)
         else:
             experts = makers[target.style](checkpoint, target)
         if target.style != "copy":
@@ -137,10 +146,13 @@ class _Builder:
         around = router_pieces(checkpoint, target)
         self.units[unit] |= experts | around
         self.experts |= experts.keys()
+        if target.values is not None and target.values.path is None:
+            self.absent |= {*experts, *target.values.edits}
         self._account(target, around)
 
     def _account(self, target: LayerTarget, around: Mapping[str, Lazy]) -> None:
         word = {"dense": "rebuilt", "packed": "quantised", "export": "quantised"}.get(target.style, "kept")
+        word = "computed" if target.values is not None else word
         users: dict[int, list[int]] = {}
         for index, expert in enumerate(target.experts):
             for source, _ in expert.parts if expert else ():
@@ -165,11 +177,18 @@ class _Builder:
             unit = self.units[unit_of(plain)]
             if names == [plain] or not self.target.dense:
                 for name in names:
-                    unit[name] = copied(self.checkpoint, name)
-                    self.fates[name] = Fate("kept", (name,))
+                    unit[name] = self._edited(name) or copied(self.checkpoint, name)
+                    self.fates[name] = Fate("replaced" if name in self.edits else "kept", (name,))
             else:
                 unit[plain] = self._decoded(plain)
                 self.fates |= dict.fromkeys(names, Fate("decoded", (plain,)))
+
+    def _edited(self, name: str) -> Lazy | None:
+        """What the plan puts in place of a tensor around the experts, if it does."""
+        if name not in self.edits:
+            return None
+        info, values = self.checkpoint.tensors[name], self.edits[name]
+        return Lazy(info.dtype, info.shape, lambda: finite(values.edit(name), name))
 
     def _decoded(self, plain: str) -> Lazy:
         stored, dtype = self.checkpoint.stored[plain], self.checkpoint.scheme.dtype

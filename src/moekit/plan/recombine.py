@@ -5,13 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moekit.bank import ExpertWeights
+from moekit.bank import ExpertBank, ExpertWeights
 from moekit.formats import DenseBank, PackedBank
 from moekit.plan.layer import LayerPlan, Permutation, StoredExpert
 
 
 def recombined(bank: DenseBank, plan: LayerPlan) -> DenseBank:
-    """The M stored experts before quantisation. Untouched ones are copied bit for bit; sums are taken in float32."""
+    """The M stored experts before quantisation. Untouched ones are copied bit for bit; sums are taken in float32.
+
+    Computed values are decoded to the dtype of the source.
+    """
+    if plan.values is not None:
+        return decoded(plan.values.bank(activation=bank.activation), bank.dtype)
     return DenseBank.stack([recombined_expert(bank, expert) for expert in plan.experts], bank.activation)
 
 
@@ -22,6 +27,13 @@ def stored(bank: DenseBank, plan: LayerPlan) -> DenseBank:
     if set(bits) == {16}:
         return dense
     return PackedBank.quantise(dense, bits, [expert.group_size for expert in plan.experts]).dequantise()
+
+
+def decoded(bank: ExpertBank, dtype: torch.dtype) -> DenseBank:
+    """Any bank as plain weights of ``dtype``."""
+    plain = (bank.expert(e) for e in range(bank.num_experts))
+    cast = [ExpertWeights(*(None if t is None else t.to(dtype) for t in weights)) for weights in plain]
+    return DenseBank.stack(cast, bank.activation)
 
 
 def recombined_expert(bank: DenseBank, stored: StoredExpert) -> ExpertWeights:

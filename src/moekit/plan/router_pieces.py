@@ -38,7 +38,7 @@ def id_tables(checkpoint: Checkpoint, layer: MoELayer) -> Iterator[str]:
 
 def _unchanged(target: LayerTarget) -> bool:
     same = tuple(((e, 1.0),) for e in range(target.layer.num_experts))
-    return target.rows == same and (target.style == "packed" or -1 not in target.slots)
+    return target.rows == same and (target.own or -1 not in target.slots)
 
 
 def _rows(checkpoint: Checkpoint, target: LayerTarget, tensor: RowTensor) -> Lazy:
@@ -48,7 +48,7 @@ def _rows(checkpoint: Checkpoint, target: LayerTarget, tensor: RowTensor) -> Laz
     """
     info = checkpoint.tensors[tensor.name]
     if _unchanged(target):
-        return Lazy(info.dtype, info.shape, lambda: checkpoint.read(tensor.name))
+        return Lazy(info.dtype, info.shape, lambda: target.read(checkpoint, tensor.name))
     if tensor.part is not None:
         raise PlanError(
             f"{tensor.name} holds the router rows of several modules of {target.layer.name}, which cannot be changed "
@@ -56,10 +56,10 @@ def _rows(checkpoint: Checkpoint, target: LayerTarget, tensor: RowTensor) -> Laz
         )
     axis = tensor.axis
     shape = (*info.shape[:axis], len(target.rows) + info.shape[axis] - tensor.rows, *info.shape[axis + 1 :])
-    forbid = target.style != "packed" and is_bias(tensor.name)
+    forbid = not target.own and is_bias(tensor.name)
 
     def make() -> Tensor:
-        source = checkpoint.read(tensor.name).movedim(axis, 0)
+        source = target.read(checkpoint, tensor.name).movedim(axis, 0)
         rows = [
             torch.full_like(source[0], float("-inf")) if forbid and slot < 0 else _blend(source, row)
             for row, slot in zip(target.rows, target.slots, strict=True)

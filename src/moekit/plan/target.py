@@ -11,10 +11,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from moekit.checkpoint.export import BITS as EXPORT_BITS
 from moekit.errors import OptionError, PlanError
 from moekit.plan.document import Plan
 from moekit.plan.layer import LayerPlan, Row, StoredExpert
+from moekit.plan.values import Values
 
 if TYPE_CHECKING:
     from moekit.checkpoint import Checkpoint, MoELayer
@@ -27,7 +30,9 @@ class LayerTarget:
     """One layer of the output. ``experts[i]`` None is an expert of zeros, ``rows[s]`` None a row of zeros: padding.
 
     ``slots[s]`` is the stored expert of row s, -1 where the row must never be chosen. ``style``: "copy" (as the source
-    stores it), "dense" (the family's layout, rebuilt), "packed" (moekit's) or "export" (compressed-tensors).
+    stores it), "dense" (the family's layout, rebuilt), "packed" (moekit's), "select" (as a source stores
+    it that is itself in moekit's format) or "export" (compressed-tensors).
+    ``values``: the numbers of all experts, where a method computed them; expert i of the output is ``values_of[i]``.
     """
 
     layer: MoELayer
@@ -35,10 +40,21 @@ class LayerTarget:
     experts: tuple[StoredExpert | None, ...]
     rows: tuple[Row | None, ...]
     slots: tuple[int, ...]
+    values: Values | None = None
+    values_of: tuple[int | None, ...] = ()
+
+    @property
+    def own(self) -> bool:
+        """Whether the experts lie in moekit's own format."""
+        return self.style in ("packed", "select")
 
     @property
     def plain(self) -> bool:
         return self.slots == tuple(range(len(self.experts)))
+
+    def read(self, checkpoint: Checkpoint, name: str) -> Tensor:
+        """A tensor of the source, or what the plan replaces it by."""
+        return self.values.edit(name) if self.values and name in self.values.edits else checkpoint.read(name)
 
 
 @dataclass(frozen=True)
@@ -69,28 +85,48 @@ def make_target(checkpoint: Checkpoint, plan: Plan, format: str = "auto", materi
     """
     if format not in FORMATS:
         raise OptionError(f"unknown format '{format}': use one of {', '.join(FORMATS)}")
-    quantised = checkpoint.config.get("quantization_config") or {}
-    if quantised.get("quant_method") == "moekit":
-        raise PlanError(f"{checkpoint.path} is already packed by moekit; apply plans to the model it was made from")
+    quantised, own = bool(checkpoint.scheme.config), checkpoint.scheme.own
+    shared = next((layer.name for layer in _live(checkpoint) if checkpoint.scheme.shares(layer.name)), None)
+    if shared is not None:
+        raise PlanError(
+            f"layer {shared} of {checkpoint.path} has router rows that share an expert or are masked: apply plans to "
+            "the model it was made from"
+        )
     plans = {
         layer.name: plan.layer(layer.name, layer.num_experts) for layer in checkpoint.moe_layers if not layer.extra
     }
-    format = _choose(plans) if format == "auto" else format
-    touched = not all(expert.untouched for layer in plans.values() for expert in layer.experts)
-    dense = bool(quantised) and (touched or format == "compressed-tensors")
+    format = ("moekit" if own else _choose(plans)) if format == "auto" else format
+    dense = quantised and (format == "compressed-tensors" or not all(map(_as_it_was, plans.values())))
     layers: dict[str, LayerTarget] = {}
     if format == "moekit":
         wide = len({len(layer.rows) for layer in plans.values()}) > 1
         for layer in _live(checkpoint):
-            layers[layer.name] = _packed(layer, plans[layer.name], wide, dense)
+            described = checkpoint.scheme.described(layer.name)
+            layers[layer.name] = _packed(layer, plans[layer.name], wide, dense, described is not None)
+        dense = not any(layer.own for layer in layers.values()) if own else dense
     else:
         _check_bits(plans, format)
         if not materialise:
             _check_stock(plans)
+        dense = dense or own
         count = max(len(layer.rows) for layer in plans.values())
         for layer in _live(checkpoint):
             layers[layer.name] = _stock(layer, plans[layer.name], count, dense, format)
     return Target(format, layers, dense, _dropped(checkpoint, plan, layers))
+
+
+def _as_it_was(plan: LayerPlan) -> bool:
+    """Whether experts are only kept or dropped, their values and precision untouched."""
+    return plan.values is None and all(expert.untouched for expert in plan.experts)
+
+
+def _in_family_layout(plan: LayerPlan) -> bool:
+    """Whether the family's own layout can hold the layer."""
+    return (
+        plan.plain_slots
+        and all(expert.bits == 16 for expert in plan.experts)
+        and (plan.values is None or plan.values.dense)
+    )
 
 
 def _live(checkpoint: Checkpoint) -> Iterator[MoELayer]:
@@ -98,7 +134,7 @@ def _live(checkpoint: Checkpoint) -> Iterator[MoELayer]:
 
 
 def _choose(plans: Mapping[str, LayerPlan]) -> str:
-    plain = all(p.plain_slots and all(e.bits == 16 for e in p.experts) for p in plans.values())
+    plain = all(map(_in_family_layout, plans.values()))
     return "stock" if plain and len({len(p.rows) for p in plans.values()}) == 1 else "moekit"
 
 
@@ -131,6 +167,11 @@ def _check_stock(plans: Mapping[str, LayerPlan]) -> None:
                 f"layer {name} has router rows that share an expert or are masked, which the stock format "
                 "cannot say; use --format moekit, or materialise to store shared experts several times"
             )
+        if layer.values is not None and not layer.values.dense:
+            raise PlanError(
+                f"layer {name} stores its experts as {layer.values.format}, which the stock format cannot say; use "
+                "--format moekit, or materialise to write them out as plain weights"
+            )
 
 
 def _stock(layer: MoELayer, plan: LayerPlan, count: int, dense: bool, format: str) -> LayerTarget:
@@ -140,9 +181,10 @@ def _stock(layer: MoELayer, plan: LayerPlan, count: int, dense: bool, format: st
     if None in experts:
         _check_maskable(layer)
     style = "export" if format == "compressed-tensors" else "copy"
-    if style == "copy" and (dense or not all(e is not None and e.untouched for e in experts)):
+    if style == "copy" and (dense or None in experts or not _as_it_was(plan)):
         style = "dense"
-    return LayerTarget(layer, style, experts, rows, tuple(i if e else -1 for i, e in enumerate(experts)))
+    slots = tuple(i if e else -1 for i, e in enumerate(experts))
+    return LayerTarget(layer, style, experts, rows, slots, plan.values, plan.slots)
 
 
 def _check_maskable(layer: MoELayer) -> None:
@@ -163,14 +205,18 @@ def is_bias(name: str) -> bool:
     return "bias" in name.rpartition(".")[2]
 
 
-def _packed(layer: MoELayer, plan: LayerPlan, wide: bool, dense: bool) -> LayerTarget:
+def _packed(layer: MoELayer, plan: LayerPlan, wide: bool, dense: bool, own: bool) -> LayerTarget:
+    """``own``: the source holds this layer in moekit's format already."""
     if wide:
         plan = _widened(plan, layer)
-    plain = plan.plain_slots and all(expert.bits == 16 for expert in plan.experts)
-    if not plain:
-        return LayerTarget(layer, "packed", plan.experts, plan.rows, plan.slots)
-    style = "copy" if not dense and all(expert.untouched for expert in plan.experts) else "dense"
-    return LayerTarget(layer, style, plan.experts, plan.rows, plan.slots)
+    if own and _as_it_was(plan):
+        style = "select"
+    elif not _in_family_layout(plan):
+        style = "packed"
+    else:
+        style = "copy" if not dense and _as_it_was(plan) else "dense"
+    of = tuple(range(len(plan.experts)))
+    return LayerTarget(layer, style, plan.experts, plan.rows, plan.slots, plan.values, of)
 
 
 def _widened(plan: LayerPlan, layer: MoELayer) -> LayerPlan:
@@ -189,6 +235,7 @@ def _widened(plan: LayerPlan, layer: MoELayer) -> LayerPlan:
         slots=tuple(-1 if i is None else plan.slots[i] for i in at),
         rows=tuple(((position, 1.0),) if i is None else plan.rows[i] for position, i in enumerate(at)),
         why=plan.why,
+        values=plan.values,
     )
 
 

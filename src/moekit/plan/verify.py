@@ -1,6 +1,8 @@
 """Proving an output again, later: every tensor is computed anew from source and plan and compared bit by bit.
 
-No hash that lies in the folder is trusted, nor is its receipt. What is taken from the folder is the plan (unless one
+No hash that lies in the folder is trusted, nor is its receipt. Where a method computed values from calibration text and
+the plan's file of them is not at hand, experts are held against what they were made of instead (:mod:`likeness`), and
+the report names those tensors. What is taken from the folder is the plan (unless one
 is given), which is checked against the source first, and the format, read off its config; a folder that claims another
 format or plan than it holds then differs in config or tensors.
 """
@@ -25,6 +27,8 @@ from moekit.checkpoint.shards import Lazy, sha256
 from moekit.errors import MoekitError, OutputError, VerificationError
 from moekit.plan import held_out, receipt
 from moekit.plan.document import Plan
+from moekit.plan.finite import finite
+from moekit.plan.likeness import unlike
 from moekit.plan.produce import Production, produce
 from moekit.plan.receipt import Receipt
 from moekit.stream import memory
@@ -37,7 +41,10 @@ _READ_BY_LOADERS = {".json", ".jinja", ".model", ".txt", ".py"}
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """``problems``: a line each, none if the output is what source and plan make; ``divergence`` if text was given."""
+    """``problems``: a line each, none if the output is what source and plan make; ``divergence`` if text was given.
+
+    ``likened``: tensors that could not be computed again and were held against their sources only.
+    """
 
     output: str
     source: str
@@ -45,6 +52,7 @@ class Report:
     tensors: int
     bytes_compared: int
     problems: tuple[str, ...]
+    likened: tuple[str, ...] = ()
     divergence: Mapping[str, Any] | None = None
 
     @property
@@ -90,6 +98,7 @@ def verify(
         cap.require(largest.working_bytes, f"computing {largest.name} again")
         check.config(production)
         check.tensors(production, progress)
+        check.likeness(production)
         check.companions()
         check.receipt(production)
     divergence = None
@@ -104,6 +113,7 @@ def verify(
         tensors=len(production.tensors) if production else 0,
         bytes_compared=check.compared,
         problems=tuple(check.problems),
+        likened=tuple(sorted(production.absent)) if production else (),
         divergence=divergence,
     )
 
@@ -127,7 +137,7 @@ class _Check:
     def _format(self) -> str:
         method = (read_json(self.folder / "config.json").get("quantization_config") or {}).get("quant_method")
         own = (self.source.config.get("quantization_config") or {}).get("quant_method")
-        return method if method in ("moekit", "compressed-tensors") and method != own else "stock"
+        return method if method == "moekit" or (method == "compressed-tensors" and method != own) else "stock"
 
     def config(self, production: Production) -> None:
         """Every field of config.json."""
@@ -148,7 +158,7 @@ class _Check:
         for done, unit in enumerate(production.units):
             for name, lazy in sorted(unit.tensors.items()):
                 if name in found:
-                    self._compare(name, lazy, found[name], reader)
+                    self._compare(name, lazy, found[name], reader, absent=name in production.absent)
             if progress is not None:
                 progress(done + 1, len(production.units))
 
@@ -194,13 +204,25 @@ class _Check:
         ]
         return dict(listed)
 
-    def _compare(self, name: str, lazy: Lazy, info: TensorInfo, reader: Reader) -> None:
+    def likeness(self, production: Production) -> None:
+        """Experts whose numbers cannot be made again look like their sources."""
+        layers = [t for t in production.target.layers.values() if t.values is not None and t.values.path is None]
+        if not layers or self.problems:
+            return
+        output = Checkpoint.open(self.folder)
+        for target in layers:
+            self.problems += unlike(self.source, output, target)
+
+    def _compare(self, name: str, lazy: Lazy, info: TensorInfo, reader: Reader, *, absent: bool) -> None:
         if (info.dtype, info.shape) != (lazy.dtype, lazy.shape):
             shown = f"{info.dtype} {list(info.shape)}, expected {lazy.dtype} {list(lazy.shape)}"
             self.problems.append(f"tensor {name} is {shown}")
             return
-        expected = lazy.make()
         actual = reader.read(name)
+        if absent:
+            self.hashes[name] = sha256(finite(actual, name))
+            return
+        expected = lazy.make()
         self.compared += info.nbytes
         self.hashes[name] = sha256(expected)
         if not torch.equal(_bits(expected), _bits(actual)):
