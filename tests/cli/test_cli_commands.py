@@ -183,6 +183,19 @@ def test_eval(model, text):
     assert "bits per byte, sums" in call("eval", model, "--text", f"sums={text}")[1]
 
 
+def test_divergence_is_shown_by_domain(half, model, text):
+    texts = ("--text", f"sums={text}", "--text", f"again={text}")
+    found = parsed("eval", half, *texts, "--against", model)["divergence"]
+    assert found["domains"]["sums"] == found["domains"]["again"]
+    assert found["domains"]["sums"]["tokens"] * 2 == found["tokens"]
+    assert parsed("verify", half, "--against", model, *texts)["divergence"]["domains"].keys() == {"sums", "again"}
+    for command in (("eval", half, *texts, "--against", model), ("verify", half, "--against", model, *texts)):
+        shown = call(*command)[1]
+        rows = [line for line in shown.splitlines() if line.startswith(("sums ", "again "))]
+        assert len(rows) == 2
+        assert all(re.search(r"\d \[[\d.e-]+, [\d.e-]+\]", row) and "% [" in row and " -> " in row for row in rows)
+
+
 def test_systems():
     rows = parsed("systems")
     assert len(rows) == 182

@@ -7,7 +7,7 @@ import torch
 from measuring import ByteTokenizer, Fixed, Loaded, make_model
 
 from moekit.errors import TextError
-from moekit.measure import bits_per_byte, compare, exact_match, windows
+from moekit.measure import bits_per_byte, compare, exact_match, together, windows
 
 TEXT = "Sphinx of black quartz, judge my vow. " * 4
 
@@ -83,6 +83,34 @@ def test_compare_equals_the_slow_way(tokenizer, runners):
     alone = bits_per_byte(a, [TEXT, "shorter text"], tokenizer, length=32)["text"]
     assert result.bits_per_byte_a.mean == pytest.approx(alone.mean)
     assert set(result.as_dict()) >= {"kl", "agreement", "bits_per_byte_source", "bits_per_byte_output", "tokens"}
+
+
+def test_each_domain_is_compared_as_if_it_were_alone(tokenizer, runners):
+    parts = {
+        name: windows(lines, tokenizer, length=32) for name, lines in {"a": [TEXT], "b": [TEXT[9:], "x y"]}.items()
+    }
+    whole = together(parts)
+    assert len(whole) == len(whole.domains) == sum(map(len, parts.values()))
+    assert whole.domains.count("b") == len(parts["b"])
+    result = compare(*runners, whole)
+    alone = {name: compare(*runners, part) for name, part in parts.items()}
+    for name, one in alone.items():
+        assert result.domains[name].tokens == one.tokens
+        assert result.domains[name].kl.mean == pytest.approx(one.kl.mean, rel=1e-6)
+        assert result.domains[name].bits_per_byte_b.mean == pytest.approx(one.bits_per_byte_b.mean, rel=1e-6)
+        assert not one.domains
+    assert result.kl.mean == pytest.approx(sum(o.kl.mean * o.tokens for o in alone.values()) / result.tokens)
+    told = result.as_dict()
+    assert set(told["domains"]) == {"a", "b"}
+    assert told["domains"]["a"]["agreement_low"] <= told["domains"]["a"]["agreement"]
+    assert told["bits_per_byte_source_low"] <= told["bits_per_byte_source"] <= told["bits_per_byte_source_high"]
+
+
+def test_domains_take_turns_so_that_a_beginning_has_all_of_them(tokenizer):
+    long, short = windows([TEXT * 9], tokenizer, length=16, batch_size=2), windows([TEXT], tokenizer, batch_size=2)
+    both = together({"long": long, "short": short})
+    assert both.domains[:3] == ("long", "long", "short")
+    assert sum(both.num_bytes) == pytest.approx(sum(long.num_bytes) + sum(short.num_bytes))
 
 
 def test_what_padding_holds_does_not_matter(tokenizer, runners):

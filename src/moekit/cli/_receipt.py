@@ -19,6 +19,7 @@ def as_dict(receipt: "Receipt", output: Path) -> dict[str, Any]:
 def show(receipt: "Receipt", output: Path) -> None:
     """The receipt in a dozen lines."""
     _show.table((str(output), ""), list(lines(receipt)))
+    domains(receipt.divergence)
     _show.say("", f"wrote {output} with receipt.json, plan.json and README.md")
 
 
@@ -44,12 +45,36 @@ def lines(receipt: "Receipt") -> list[tuple[str, str]]:
 
 
 def divergence(measured: Any) -> list[tuple[str, str]]:
-    """Held-out figures, source against output."""
+    """Held-out figures, source against output, with their 95 % intervals."""
     if not measured:
         return [("held-out text", "none given: nothing was measured")]
-    pairs = [("KL divergence", f"{measured['kl']:.3g} nats per token over {measured['tokens']} tokens")]
-    pairs.append(("top-1 agreement", f"{measured['agreement']:.1%}"))
+    kl = _show.interval(measured, "kl", ".3g")
+    pairs = [("KL divergence", f"{kl} nats per token over {measured['tokens']} tokens")]
+    pairs.append(("top-1 agreement", _show.interval(measured, "agreement", ".1%")))
     if measured.get("bits_per_byte_source") is not None:
-        before, after = measured["bits_per_byte_source"], measured["bits_per_byte_output"]
-        pairs.append(("bits per byte", f"{before:.3f} -> {after:.3f}"))
+        pairs.append(("bits per byte", _before_after(measured)))
     return pairs
+
+
+def domains(measured: Any) -> None:
+    """The same by domain, as a table; nothing where the text has only one."""
+    found = (measured or {}).get("domains", {})
+    if not found:
+        return
+    rows = [
+        (
+            name,
+            str(one["tokens"]),
+            _show.interval(one, "kl", ".3g"),
+            _show.interval(one, "agreement", ".1%"),
+            _before_after(one) if one["bits_per_byte_source"] is not None else "",
+        )
+        for name, one in found.items()
+    ]
+    _show.say("")
+    _show.table(("held-out domain", "tokens", "KL, nats per token", "top-1 agreement", "bits per byte"), rows)
+
+
+def _before_after(measured: Any) -> str:
+    before, after = (_show.interval(measured, f"bits_per_byte_{of}", ".3f") for of in ("source", "output"))
+    return f"{before} -> {after}"

@@ -5,7 +5,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
@@ -79,6 +79,12 @@ def _cell(value: Any) -> str:
 
 def _is_number(cell: str) -> bool:
     return not cell or cell[0].isdigit() or (cell[0] in "-+." and cell[1:2].isdigit())
+
+
+def interval(figures: Mapping[str, Any], name: str, form: str) -> str:
+    """A mean and its interval `[low, high]`, as a receipt holds them."""
+    mean, low, high = (format(figures[name + end], form) for end in ("", "_low", "_high"))
+    return f"{mean} [{low}, {high}]"
 
 
 def gigabytes(size: float) -> str:

@@ -38,7 +38,7 @@ def evaluate(
     from moekit.checkpoint import Checkpoint
     from moekit.lab import TASKS
     from moekit.lab import task as known
-    from moekit.measure import bits_per_byte, compare, exact_match, windows
+    from moekit.measure import bits_per_byte, compare, exact_match, together, windows
     from moekit.profile import read_texts
     from moekit.stream import open_model
 
@@ -54,9 +54,9 @@ def evaluate(
         found["bits_per_byte"] = bits_per_byte(runner, texts, tokenizer, length=length)
     found["exact_match"] = {name: exact_match(runner, tokenizer, _examples(name, examples)) for name in names}
     if against:
-        reference = open_model(against, device=device, max_ram=max_ram)
-        batches = windows([line for lines in texts.values() for line in lines], tokenizer, length=length)
-        found |= {"against": against, "divergence": compare(reference, runner, batches).as_dict()}
+        watched = _show.Watched(open_model(against, device=device, max_ram=max_ram), f"run {against}")
+        cut = together({domain: windows(lines, tokenizer, length=length) for domain, lines in texts.items()})
+        found |= {"against": against, "divergence": compare(watched, runner, cut).as_dict()}
     if as_json:
         scores = ("bits_per_byte", "exact_match")
         _show.emit(found | {key: {name: vars(value) for name, value in found[key].items()} for key in scores})
@@ -66,6 +66,8 @@ def evaluate(
     if against:
         rows += [(f"{name}, against {against}", value) for name, value in _receipt.divergence(found["divergence"])]
     _show.table((model, "mean [95 % interval]"), rows)
+    if against:
+        _receipt.domains(found["divergence"])
 
 
 def _examples(name: str, count: int) -> list[tuple[str, str]]:

@@ -41,6 +41,7 @@ def verify(
         _show.emit({"ok": report.ok, **asdict(report)})
     else:
         _show.table((str(directory), "equal" if report.ok else "NOT what source and plan make"), list(_lines(report)))
+        _receipt.domains(report.divergence)
     if not report.ok:
         raise typer.Exit(1)
 

@@ -2,7 +2,7 @@
 
 from moekit.measure._interval import Interval
 from moekit.measure._runner import Runner
-from moekit.measure._text import LENGTH, Windows, pad_batches, windows
+from moekit.measure._text import LENGTH, Windows, pad_batches, together, windows
 from moekit.measure.bits import bits_per_byte
 from moekit.measure.divergence import Divergence, compare
 from moekit.measure.tasks import exact_match
@@ -17,5 +17,6 @@ __all__ = [
     "compare",
     "exact_match",
     "pad_batches",
+    "together",
     "windows",
 ]

@@ -4,8 +4,9 @@ Windows overlap by one token, so that every token but a document's first is pred
 beginning-of-sequence token predicts the first too.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,13 @@ LENGTH, BATCH = 512, 8
 class Windows:
     """Token windows as right-padded batches `{"input_ids", "attention_mask"}`, each [B, S].
 
-    `num_bytes` has, for each window in order over all batches, the bytes of text that its predicted tokens stand for.
+    `num_bytes` has, for each window in order over all batches, the bytes of text that its predicted tokens stand for;
+    `domains` the domain each is of, empty where there is only one.
     """
 
     batches: tuple[dict[str, Tensor], ...]
     num_bytes: tuple[float, ...]
+    domains: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.num_bytes)
@@ -46,6 +49,21 @@ def windows(
     if not rows or sum(sizes) <= 0:
         raise TextError(f"{what} has nothing to predict: give text of at least two tokens")
     return Windows(tuple(pad_batches(rows, tokenizer, batch_size)), tuple(sizes))
+
+
+def together(parts: Mapping[str, Windows]) -> Windows:
+    """Windows of several domains as one text, a batch of each in turn, so that any beginning of it has all of them."""
+    batches: list[dict[str, Tensor]] = []
+    sizes: list[float] = []
+    domains: list[str] = []
+    rows = {name: iter(part.num_bytes) for name, part in parts.items()}
+    for turn in zip_longest(*(part.batches for part in parts.values())):
+        for name, batch in zip(parts, turn, strict=True):
+            if batch is not None:
+                batches.append(batch)
+                found = [next(rows[name]) for _ in batch["input_ids"]]
+                sizes, domains = sizes + found, domains + [name] * len(found)
+    return Windows(tuple(batches), tuple(sizes), tuple(domains))
 
 
 def pad_batches(rows: Sequence[Sequence[int]], tokenizer: Any, batch_size: int = BATCH) -> list[dict[str, Tensor]]:

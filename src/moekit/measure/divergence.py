@@ -1,7 +1,7 @@
 """How far one model is from another on the same tokens: KL divergence, top-1 agreement, bits per byte of both."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import log
 from typing import Any
 
@@ -20,6 +20,7 @@ class Divergence:
 
     `kl` is KL(a || b) in nats per predicted token, `agreement` the share of positions at which both rank the same token
     first, `nll_a` and `nll_b` the losses in nats per token. Bits per byte are None where the bytes are not known.
+    `domains` has the same for each domain of the text, empty where it has only one.
     """
 
     kl: Interval
@@ -29,20 +30,26 @@ class Divergence:
     tokens: int
     bits_per_byte_a: Interval | None = None
     bits_per_byte_b: Interval | None = None
+    domains: Mapping[str, "Divergence"] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain floats for a receipt: the means, and the interval of the divergence."""
-        return {
-            "kl": self.kl.mean,
-            "kl_low": self.kl.low,
-            "kl_high": self.kl.high,
-            "agreement": self.agreement.mean,
-            "nll_source": self.nll_a.mean,
-            "nll_output": self.nll_b.mean,
-            "bits_per_byte_source": self.bits_per_byte_a.mean if self.bits_per_byte_a else None,
-            "bits_per_byte_output": self.bits_per_byte_b.mean if self.bits_per_byte_b else None,
-            "tokens": self.tokens,
-        }
+        """Plain floats for a receipt: each mean `x` with its interval as `x_low` and `x_high` (None where not known);
+        `domains` with the same of each, where there are several."""
+        found: dict[str, Any] = {}
+        for name, interval in (
+            ("kl", self.kl),
+            ("agreement", self.agreement),
+            ("nll_source", self.nll_a),
+            ("nll_output", self.nll_b),
+            ("bits_per_byte_source", self.bits_per_byte_a),
+            ("bits_per_byte_output", self.bits_per_byte_b),
+        ):
+            found[name] = interval.mean if interval else None
+            found |= {f"{name}_low": interval.low, f"{name}_high": interval.high} if interval else {}
+        found["tokens"] = self.tokens
+        if self.domains:
+            found["domains"] = {name: one.as_dict() for name, one in self.domains.items()}
+        return found
 
 
 @torch.no_grad()
@@ -56,28 +63,39 @@ def compare(
     """Run both models over the same batches, one batch of logits of each alive at a time.
 
     `batches` hold `input_ids` [B, S] and, where padded, `attention_mask`; padding counts nowhere. `num_bytes` gives the
-    bytes each row of each batch predicts (:class:`Windows` brings them along). Intervals resample the rows.
-    Raises ValueError for batches without a token to predict or models with different vocabularies.
+    bytes each row of each batch predicts (:class:`Windows` brings them along, and the domain of each row). Intervals
+    resample the rows. Raises ValueError for batches without a token to predict or models with different vocabularies.
     """
+    domains: Sequence[str] = ()
     if isinstance(batches, Windows):
-        num_bytes = batches.num_bytes
-        batches = batches.batches
+        num_bytes, domains, batches = batches.num_bytes, batches.domains, batches.batches
     sums: list[Tensor] = []
     for batch, logits_a, logits_b in zip(batches, runner_a.forward(batches), runner_b.forward(batches), strict=True):
         sums.append(_row_sums(batch, logits_a, logits_b))
     total = torch.cat(sums) if sums else torch.zeros(0, 5, dtype=torch.float64)
-    tokens, kl, agree, nll_a, nll_b = total.T.tolist()
-    if sum(tokens) == 0:
+    if float(total[:, 0].sum()) == 0:
         raise ValueError("no token to predict: the batches hold no two adjacent real tokens")
-    known = num_bytes is not None
+    sizes = None if num_bytes is None else torch.tensor(list(num_bytes), dtype=torch.float64)
+    parts = {}
+    for name in dict.fromkeys(domains):
+        rows_of = torch.tensor([domain == name for domain in domains])
+        if float(total[rows_of, 0].sum()) > 0:
+            parts[name] = _summed(total[rows_of], None if sizes is None else sizes[rows_of])
+    return replace(_summed(total, sizes), domains=parts if len(parts) > 1 else {})
+
+
+def _summed(total: Tensor, num_bytes: Tensor | None) -> Divergence:
+    """Rows of :func:`_row_sums` as means with intervals; bits per byte where the rows stand for any bytes."""
+    tokens, kl, agree, nll_a, nll_b = total.T.tolist()
+    sizes = None if num_bytes is None or float(num_bytes.sum()) <= 0 else num_bytes.tolist()
     return Divergence(
         kl=Interval.bootstrap(kl, tokens),
         agreement=Interval.bootstrap(agree, tokens),
         nll_a=Interval.bootstrap(nll_a, tokens),
         nll_b=Interval.bootstrap(nll_b, tokens),
         tokens=int(sum(tokens)),
-        bits_per_byte_a=Interval.bootstrap([n / log(2) for n in nll_a], num_bytes) if known else None,
-        bits_per_byte_b=Interval.bootstrap([n / log(2) for n in nll_b], num_bytes) if known else None,
+        bits_per_byte_a=None if sizes is None else Interval.bootstrap([n / log(2) for n in nll_a], sizes),
+        bits_per_byte_b=None if sizes is None else Interval.bootstrap([n / log(2) for n in nll_b], sizes),
     )
 
 

@@ -8,10 +8,7 @@ from typing import Any
 
 from moekit.plan.receipt import Receipt
 
-_ROWS = (
-    ("bits per byte", "bits_per_byte_source", "bits_per_byte_output", "{:.4f}"),
-    ("nats per token", "nll_source", "nll_output", "{:.4f}"),
-)
+_ROWS = (("bits per byte", "bits_per_byte"), ("nats per token", "nll"))
 
 
 def model_card(receipt: Receipt, name: str) -> str:
@@ -80,15 +77,38 @@ def _cost(receipt: Receipt) -> str:
         "| | source | this model |",
         "|---|---|---|",
     ]
-    for label, one, two, form in _ROWS:
-        if found[one] is not None:
-            lines.append(f"| {label} | {form.format(found[one])} | {form.format(found[two])} |")
+    for label, key in _ROWS:
+        if found[f"{key}_source"] is not None:
+            before, after = (_interval(found, f"{key}_{of}", ".4f") for of in ("source", "output"))
+            lines.append(f"| {label} | {before} | {after} |")
     lines += [
         "",
-        f"KL divergence {found['kl']:.5f} nats per token (95 % interval {found['kl_low']:.5f} to "
-        f"{found['kl_high']:.5f}), top-1 agreement {found['agreement']:.2%}.",
+        f"KL divergence {_interval(found, 'kl', '.5f')} nats per token, top-1 agreement "
+        f"{_interval(found, 'agreement', '.2%')}; in brackets 95 % intervals.",
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_domains(found.get("domains", {}))])
+
+
+def _domains(found: Mapping[str, Any]) -> list[str]:
+    """A table with a row for each domain of the held-out text, where it has several."""
+    if not found:
+        return []
+    lines = [
+        "",
+        "| domain | tokens | KL divergence | top-1 agreement | bits per byte, source | this model |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, one in found.items():
+        known = one["bits_per_byte_source"] is not None
+        bits = [_interval(one, f"bits_per_byte_{of}", ".4f") if known else "" for of in ("source", "output")]
+        figures = [_interval(one, "kl", ".5f"), _interval(one, "agreement", ".2%"), *bits]
+        lines.append(f"| {name} | {one['tokens']} | {' | '.join(figures)} |")
+    return lines
+
+
+def _interval(found: Mapping[str, Any], name: str, form: str) -> str:
+    mean, low, high = (format(found[name + end], form) for end in ("", "_low", "_high"))
+    return f"{mean} [{low}, {high}]"
 
 
 def _use(receipt: Receipt, name: str) -> str:

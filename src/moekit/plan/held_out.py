@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from moekit.checkpoint.headers import read_header
 from moekit.checkpoint.reader import Reader
 from moekit.checkpoint.shards import layout, write_shard
 from moekit.errors import OutputError, TextError
-from moekit.measure import LENGTH, Divergence, Windows, compare, pad_batches, windows
+from moekit.measure import LENGTH, Divergence, Windows, compare, pad_batches, together, windows
 from moekit.stream import memory, open_model, smallest_cap
 from moekit.stream.memory import Cap
 
@@ -37,37 +38,46 @@ _BATCH_BYTES = 64_000_000
 
 
 def cut(checkpoint: Checkpoint, text: Text) -> Windows:
-    """Batches of the text. Raises TextError where nothing is left to predict."""
-    pieces = [piece for part in (text.values() if isinstance(text, Mapping) else [text]) for piece in part]
+    """Batches of the text, by domain where it has several. Raises TextError where nothing is left to predict."""
     tokenizer = checkpoint.tokenizer()
     vocabulary = checkpoint.transformers_config.get_text_config().vocab_size
     size = max(1, min(8, _BATCH_BYTES // (LENGTH * vocabulary * 4)))
+    domains = text if isinstance(text, Mapping) else {"": text}
+    parts = {name: _windows(list(pieces), tokenizer, size) for name, pieces in domains.items()}
+    parts = {name: part for name, part in parts.items() if part.num_bytes}
+    if not parts:
+        raise TextError("the held-out text has nothing to predict: give text of at least two tokens")
+    return _within(together(parts), vocabulary)
+
+
+def _windows(pieces: Sequence[Piece], tokenizer: Any, size: int) -> Windows:
+    """Batches of token ids as they are, and of documents cut into windows; none where there is nothing to predict."""
     rows = [[int(i) for i in piece] for piece in pieces if not isinstance(piece, str) and len(piece) > 1]
     documents = [piece for piece in pieces if isinstance(piece, str)]
     batches, sizes = pad_batches(rows, tokenizer, size), [_bytes(row, tokenizer) for row in rows]
-    if documents or not rows:
-        found = windows(documents, tokenizer, batch_size=size, what="the held-out text")
+    with suppress(TextError):
+        found = windows(documents, tokenizer, batch_size=size)
         batches, sizes = [*batches, *found.batches], [*sizes, *found.num_bytes]
-    return _within(batches, sizes, vocabulary)
+    return Windows(tuple(batches), tuple(sizes))
 
 
 def _bytes(row: Sequence[int], tokenizer: Any) -> float:
     return float(len(tokenizer.decode(row[1:]).encode("utf-8", "replace")))
 
 
-def _within(batches: Sequence[dict[str, Tensor]], sizes: Sequence[float], vocabulary: int) -> Windows:
+def _within(text: Windows, vocabulary: int) -> Windows:
     """As many batches as the recording may hold; the first always."""
     kept: list[dict[str, Tensor]] = []
     total = 0
-    for batch in batches:
+    for batch in text.batches:
         total += batch["input_ids"].numel() * vocabulary * 4
         if kept and total > MAX_RECORDED_BYTES:
             break
         kept.append(batch)
     count = sum(batch["input_ids"].shape[0] for batch in kept)
-    if sum(sizes[:count]) <= 0:
+    if sum(text.num_bytes[:count]) <= 0:
         raise TextError("the held-out text stands for no bytes: give text of at least two tokens")
-    return Windows(tuple(kept), tuple(sizes[:count]))
+    return Windows(tuple(kept), text.num_bytes[:count], text.domains[:count])
 
 
 def fingerprint(text: Windows) -> str:
