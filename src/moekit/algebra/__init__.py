@@ -1,12 +1,41 @@
-"""Mechanisms on expert weights and scores that several wings share; no paper's name in here."""
+"""Mechanisms on expert weights and scores that several wings share; no paper's name in here.
+
+| part | what it does |
+| --- | --- |
+| `align` | order hidden units alike, one to one (Hungarian) |
+| `allocate` | least loss under a byte budget, exactly, with the whole curve |
+| `cluster` | similarities of experts, joining each to a leader |
+| `gptq` | rounding with error feedback, any grid, all experts of a layer |
+| `grids` | asymmetric, symmetric, binary and ternary grids; rounding to nearest |
+| `moments` | second moments of inputs, token weights, damped inverse factors |
+| `rank` | the best of a layer's experts by a score |
+"""
 
 from moekit.algebra.align import align, alignment
 from moekit.algebra.allocate import Allocation, allocate, frontiers
 from moekit.algebra.cluster import assign_to_leaders, cosine_of_gram
+from moekit.algebra.gptq import GptqReport, gptq
+from moekit.algebra.grids import (
+    Asymmetric,
+    Grid,
+    Rounded,
+    Symmetric,
+    TernaryAbsmean,
+    TernaryMinMax,
+    round_to_nearest,
+)
+from moekit.algebra.moments import second_moments, weighted_error
 from moekit.algebra.rank import best, share_to_count
 
 __all__ = [
     "Allocation",
+    "Asymmetric",
+    "GptqReport",
+    "Grid",
+    "Rounded",
+    "Symmetric",
+    "TernaryAbsmean",
+    "TernaryMinMax",
     "align",
     "alignment",
     "allocate",
@@ -14,5 +43,9 @@ __all__ = [
     "best",
     "cosine_of_gram",
     "frontiers",
+    "gptq",
+    "round_to_nearest",
+    "second_moments",
     "share_to_count",
+    "weighted_error",
 ]
