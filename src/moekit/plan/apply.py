@@ -147,7 +147,7 @@ class _Run:
 
     def seal(self) -> None:
         self.writer.seal(self.production.config)
-        self.plan.save(self.writer.partial / PLAN, overwrite=True)
+        self.plan.save(self.writer.partial / PLAN, overwrite=True, with_values=False)
 
     def finish(self, job: Mapping[str, Any], recording: held_out.Recording | None, started: float) -> Receipt:
         reload = self._reload()
