@@ -26,8 +26,9 @@ def test_every_token_is_counted_once_per_slot(observed, saved):
         assert np.array_equal(np.diag(layer.coactivation), layer.total("counts"))
         assert layer.counts[:, :, 1].sum() == 0, "nothing was decoded"
         assert layer.tokens[0].sum() > 0 < layer.tokens[1].sum()
-    assert set(layer_of(observed).arrays) == set(FIELDS)
-    assert set(layer_of(observed, 0).arrays) == set(FIELDS) - {"transition"}
+    there = set(FIELDS) - {"max_abs_shared"}
+    assert set(layer_of(observed).arrays) == there
+    assert set(layer_of(observed, 0).arrays) == there - {"transition"}
 
 
 def test_streamed_and_in_memory_give_the_same_profile(observed, saved, texts):
@@ -253,6 +254,28 @@ def test_odd_families_are_profiled_alike(family, saved, tmp_path):
         assert layer.total("output_norm").sum() > 0
     assert isinstance(made, Profile)
     assert torch.is_tensor(next(model.parameters()))
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen2_moe"])
+def test_shared_experts_are_seen_as_they_run(family, saved):
+    model, _ = families.build(family)
+    tokenizer, seen = Checkpoint.open(saved).tokenizer(), {}
+
+    def remember(name):
+        def hook(_, args, output):
+            seen[name] = max(seen.get(name, 0.0), float(output.abs().max()))
+
+        return hook
+
+    from moekit.blocks import blocks
+
+    for block in blocks(model):
+        block.shared[0].register_forward_hook(remember(block.name))
+    text = {"d": ["the quick brown fox " * 2]}
+    made = profile(model, text, tokenizer=tokenizer, statistics=["max_abs_shared"], held_out=0.0)
+    for name, layer in made.layers.items():
+        assert layer.max_abs_shared.shape == (1,)
+        assert layer.max_abs_shared[0] == pytest.approx(seen[name])
 
 
 def test_samples_and_moments_that_do_not_fit_are_refused_before_anything_runs(saved, texts, monkeypatch):

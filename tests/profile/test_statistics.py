@@ -8,12 +8,15 @@ import pytest
 import torch
 
 from moekit.contract import Routing
+from moekit.profile._figures import make
 from moekit.profile._reservoir import Reservoir
 from moekit.profile._view import Cells, View
-from moekit.profile.schema import FIELDS
-from moekit.profile.statistics import Room, Statistic, make
+from moekit.profile.layer import LayerProfile
+from moekit.profile.schema import FIELDS, RATIO_BINS
+from moekit.profile.statistics import Room, Statistic
 
 E, T, K, H, D = 5, 9, 2, 6, 2
+SHARED = torch.nn.Sequential(torch.nn.Tanh())
 PRIORITY = np.array([50, 60, 70, 10, 80, 90, 95, 0, 5], dtype=np.uint64)
 """Token 7 is padding, so tokens 8 and 3 (of domain 0 and 1) come first."""
 
@@ -34,8 +37,9 @@ def scene():
         slots_TKH=slots,
         routed_TH=(slots * weight[..., None]).sum(1),
         residual_TH=torch.randn(T, H, generator=generator),
-        block=SimpleNamespace(layout=SimpleNamespace(weights_on_input=False)),
+        block=SimpleNamespace(layout=SimpleNamespace(weights_on_input=False), shared=(SHARED, torch.nn.Linear(H, 1))),
     )
+    seen.router_TH = seen.x_TH
     cell = torch.tensor([0, 0, 2, 2, 5, 5, 7, -1, 0])
     previous = torch.randint(0, 3, (T, K), generator=generator)
     return seen, Cells(cell, PRIORITY, trace=([0, 1, 2], [0, 1, 2])), previous
@@ -138,6 +142,53 @@ def test_the_largest_output_is_over_all_real_tokens(scene):
     np.testing.assert_allclose(observe("max_abs_down", scene), expected, rtol=1e-7)
 
 
+def test_the_largest_shared_output_leaves_out_padding_and_gates(scene):
+    real = [t for t in range(T) if scene[1].cell[t] >= 0]
+    expected = float(scene[0].x_TH[real].tanh().abs().max())
+    np.testing.assert_allclose(observe("max_abs_shared", scene), [expected], rtol=1e-6)
+    scene[0].block.shared = ()
+    assert observe("max_abs_shared", scene) is None
+
+
+def test_the_winning_logit_counts_for_its_expert_alone(scene):
+    seen, cells, _ = scene
+    expected = np.zeros((2 * D * 2, E))
+    for t in range(T):
+        if (cell := int(cells.cell[t])) >= 0:
+            winner = int(seen.routing.logits[t].argmax())
+            expected[cell, winner] += float(seen.routing.logits[t, winner])
+    np.testing.assert_allclose(observe("strong_logit", scene).reshape(-1, E), expected, rtol=1e-6)
+
+
+def test_probability_of_the_chosen_is_before_any_normalisation(scene):
+    seen, _, _ = scene
+    expected = np.zeros((2 * D * 2, E))
+    for cell, expert, t, _ in slots_of(scene):
+        expected[cell, expert] += float(seen.routing.logits[t].double().softmax(0)[expert])
+    seen.routing = seen.routing.with_weight(seen.routing.weight * 7)
+    np.testing.assert_allclose(observe("selected_probability", scene).reshape(-1, E), expected, rtol=1e-6)
+
+
+def test_ratios_of_the_two_largest_weights(scene):
+    seen, cells, _ = scene
+    expected = np.zeros((2 * D * 2, RATIO_BINS))
+    ratios = []
+    for t in range(T):
+        small, large = sorted(float(w) for w in seen.routing.weight[t])
+        if cells.cell[t] >= 0 and small > 0:
+            ratios.append(small / large)
+            expected[int(cells.cell[t]), int(small / large * RATIO_BINS)] += 1
+    found = observe("weight_ratio", scene).reshape(expected.shape)
+    np.testing.assert_array_equal(found, expected)
+    layer = LayerProfile("a", 0, E, K, ("x", "y"), {"weight_ratio": observe("weight_ratio", scene)})
+    assert layer.median_ratio() == pytest.approx(np.quantile(ratios, 0.5, method="inverted_cdf"), abs=1 / RATIO_BINS)
+    one = seen.routing
+    seen.routing = Routing(one.expert[:, :1], one.weight[:, :1], one.logits)
+    assert observe("weight_ratio", scene) is None
+    layer.arrays["weight_ratio"][:] = 0
+    assert np.isnan(layer.median_ratio())
+
+
 def test_samples_and_traces_keep_rows(scene):
     seen = scene[0]
     rows = [8, 3]
@@ -156,7 +207,8 @@ def test_what_a_model_cannot_give_stays_out(scene):
     seen, cells, _ = scene
     seen.routing = Routing(seen.routing.expert, seen.routing.weight, None)
     seen.residual_TH = None
-    for name in ("probability", "entropy", "logit_gram", "contribution", "residual_energy"):
+    without_logits = ("probability", "selected_probability", "strong_logit", "sample_logits", "entropy", "logit_gram")
+    for name in (*without_logits, "contribution", "residual_energy"):
         assert observe(name, (seen, cells, None)) is None
     assert observe("transition", (seen, cells, None)) is None
     assert observe("counts", (seen, cells, None)).sum() == 13

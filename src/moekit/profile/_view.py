@@ -7,6 +7,7 @@ Shapes by suffix: T tokens (padding removed), K slots, E experts, H hidden size.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moekit.profile.schema import HALVES, PHASES
 
@@ -135,6 +136,16 @@ class View:
         return self.slots_TKH.abs().amax(-1).float()
 
     @cached_property
+    def shared_T(self) -> list[Tensor]:
+        """float32 [T] for each shared expert: the largest absolute value of its output, before any gate of its own.
+
+        Computed again here; a shared gate (one linear map) is no expert, nor is a module that needs more than inputs.
+        """
+        experts = [module for module in self._seen.block.shared if _is_expert(module)]
+        with torch.no_grad():
+            return [self._real(module(self._seen.router_TH)).abs().amax(-1).float() for module in experts]
+
+    @cached_property
     def residual_TH(self) -> Tensor | None:
         residual = self._seen.residual_TH
         return None if residual is None else self._real(residual.reshape(-1, residual.shape[-1]))
@@ -154,6 +165,11 @@ class View:
             after = before + routed_TH[start : start + _ROWS].double()
             parts.append((1 - torch.cosine_similarity(before, after, dim=1, eps=1e-300)).clamp(min=0))
         return torch.cat(parts) if parts else routed_TH.new_zeros(0, dtype=torch.float64)
+
+
+def _is_expert(module: nn.Module) -> bool:
+    needed = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
+    return not isinstance(module, nn.Linear) and len(needed) == 1
 
 
 def one_hot(expert_TK: Tensor, num_experts: int) -> Tensor:

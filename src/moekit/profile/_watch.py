@@ -11,11 +11,12 @@ from torch import Tensor
 
 from moekit.blocks import MoEBlock
 from moekit.errors import UnsupportedModelError
+from moekit.profile._figures import make
 from moekit.profile._reservoir import Quota, Reservoir
 from moekit.profile._view import Cells, View
 from moekit.profile.layer import LayerProfile
 from moekit.profile.schema import FIELDS
-from moekit.profile.statistics import Room, Statistic, make
+from moekit.profile.statistics import Room, Statistic
 
 Now = Callable[[], tuple[int, Cells]]
 """Which batch is running, and what its tokens count towards."""

@@ -103,6 +103,13 @@ class LayerProfile:
         r = float(np.corrcoef(a, b)[0, 1])
         return 2 * r / (1 + r) if r > 0 else r
 
+    def median_ratio(self, domains: Sequence[str] | None = None, *, phase: str | None = None) -> float:
+        """Median over tokens of second largest over largest combine weight, to half a bin; nan where none has two."""
+        seen = self.total("weight_ratio", domains, phase=phase).cumsum()
+        if not seen[-1]:
+            return float("nan")
+        return float((np.searchsorted(seen, seen[-1] / 2) + 0.5) / len(seen))
+
     def starved(self, least: int) -> tuple[int, ...]:
         """Experts with fewer than ``least`` tokens: their figures mean little."""
         return tuple(np.flatnonzero(self.total("counts") < least).tolist())

@@ -2,7 +2,7 @@
 
 The one table that observing, merging, saving and the documentation share. Axes by letter: h half, d domain, p phase,
 e expert of this layer, f expert of the MoE layer before it, i hidden unit, s sampled token, t traced token, k slot,
-b bin of a histogram.
+b bin of a histogram, m module that every token passes.
 """
 
 from __future__ import annotations
@@ -30,14 +30,18 @@ FIELDS: dict[str, Field] = {
     "tokens": Field("hdp", "tokens seen, padding not counted"),
     "counts": Field("hdpe", "(token, slot) pairs the expert received"),
     "probability": Field("hdpe", "softmax over all E router logits, summed over all tokens"),
+    "selected_probability": Field("hdpe", "the same softmax, of the tokens that chose the expert alone"),
+    "strong_logit": Field("hdpe", "router logit of the tokens whose largest it is, 0 for all others"),
     "weight": Field("hdpe", "final combine weight of the tokens that chose the expert"),
     "output_norm": Field("hdpe", "L2 norm of the expert's unweighted output"),
     "gate_norm": Field("hdpe", "combine weight x output norm"),
     "contribution": Field("hdpe", "token contribution max(0, 1 - cos(h, h + R)) x combine weight x output norm"),
     "output_energy": Field("hdpe", "combine weight^2 x output norm^2"),
     "entropy": Field("hdp", "entropy of the softmax over router logits, in nats"),
+    "weight_ratio": Field("hdpb", "tokens by second largest over largest combine weight, in bins of 0..1"),
     "residual_energy": Field("hdp", "squared L2 norm of the residual stream entering the block"),
     "max_abs_down": Field("e", "largest absolute value of the down projection's unweighted output", merge="max"),
+    "max_abs_shared": Field("m", "the same of each shared expert's output", merge="max", default=False),
     "coactivation": Field("ee", "tokens that chose both experts; the diagonal is the number that chose the one"),
     "transition": Field("fe", "tokens that chose f in the MoE layer before and e in this one"),
     "logit_gram": Field("ee", "sum over tokens of the outer product of the router logits"),

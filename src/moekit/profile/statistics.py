@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moekit.profile._reservoir import Reservoir
-from moekit.profile._view import Cells, View, one_hot
+from moekit.profile._view import Cells, View
 from moekit.profile.schema import HALVES, PHASES
 
 
@@ -100,6 +100,21 @@ class Largest:
         return self._most.numpy()
 
 
+class LargestShared:
+    """The largest figure of any token, per shared module: [M]."""
+
+    def __init__(self) -> None:
+        self._most: np.ndarray | None = None
+
+    def observe(self, view: View) -> None:
+        if view.shared_T:
+            most = np.array([float(figure_T.max()) for figure_T in view.shared_T])
+            self._most = most if self._most is None else np.maximum(self._most, most)
+
+    def result(self) -> np.ndarray | None:
+        return self._most
+
+
 class Product:
     """Sums the outer product of two figures of each token: [A, B] from [T, A] and [T, B]."""
 
@@ -182,60 +197,3 @@ class Sampled:
 def _among_real(cell: Tensor, position: object) -> Tensor:
     """Positions in the batch as positions among its real tokens."""
     return ((cell >= 0).cumsum(0) - 1)[torch.as_tensor(position)]
-
-
-def _transition(view: View, num_previous: int) -> tuple[Tensor, Tensor] | None:
-    return None if view.previous_TK is None else (one_hot(view.previous_TK, num_previous), view.chosen_TE)
-
-
-def _probability(view: View) -> Tensor | None:
-    return None if view.log_probability_TE is None else view.log_probability_TE.exp()
-
-
-def _entropy(view: View) -> Tensor | None:
-    log = view.log_probability_TE
-    return None if log is None else -(log.exp() * log.clamp(min=-1e30)).sum(1)
-
-
-def _contribution(view: View) -> Tensor | None:
-    return None if view.change_T is None else view.change_T[:, None] * (view.weight_TK * view.norm_TK).double()
-
-
-def _residual_energy(view: View) -> Tensor | None:
-    return None if view.residual_TH is None else view.residual_TH.float().square().sum(1, dtype=torch.float64)
-
-
-def _logits(view: View) -> tuple[Tensor, Tensor] | None:
-    logits = view.logits_TE
-    return None if logits is None else (logits, logits)
-
-
-def make(name: str, room: Room) -> Statistic:
-    """The statistic of that name (a key of ``schema.FIELDS``) for one layer."""
-    makers: dict[str, Callable[[], Statistic]] = {
-        "tokens": lambda: TokenSum(room, lambda v: torch.ones_like(v.cell_T, dtype=torch.float64)),
-        "counts": lambda: SlotSum(room, lambda v: torch.ones_like(v.weight_TK)),
-        "probability": lambda: TokenSum(room, _probability, room.num_experts),
-        "weight": lambda: SlotSum(room, lambda v: v.weight_TK),
-        "output_norm": lambda: SlotSum(room, lambda v: v.norm_TK),
-        "gate_norm": lambda: SlotSum(room, lambda v: v.weight_TK.double() * v.norm_TK),
-        "contribution": lambda: SlotSum(room, _contribution),
-        "output_energy": lambda: SlotSum(room, lambda v: (v.weight_TK.double() * v.norm_TK).square()),
-        "entropy": lambda: TokenSum(room, _entropy),
-        "residual_energy": lambda: TokenSum(room, _residual_energy),
-        "max_abs_down": lambda: Largest(room, lambda v: v.max_abs_TK),
-        "coactivation": lambda: Product(lambda v: (v.chosen_TE, v.chosen_TE)),
-        "transition": lambda: Product(lambda v: _transition(v, room.num_previous)),
-        "logit_gram": lambda: Product(_logits),
-        "input_moments": lambda: Product(lambda v: (v.x_TH, v.x_TH)),
-        "expert_moments": lambda: ExpertMoments(room),
-        "hidden": lambda: Sampled(room, lambda v: v.read_TH, np.float32),
-        "sample_expert": lambda: Sampled(room, lambda v: v.expert_TK, np.int32),
-        "sample_weight": lambda: Sampled(room, lambda v: v.combine_TK, np.float32),
-        "sample_logits": lambda: Sampled(room, lambda v: v.logits_TE, np.float32),
-        "sample_domain": lambda: Sampled(room, lambda v: v.domain_T(room.num_domains), np.int32),
-        "sample_priority": lambda: Sampled(room, lambda v: v.priority_T, np.uint64),
-        "trace_expert": lambda: Traced(room.num_traced, lambda v: v.expert_TK, -1, np.int32),
-        "trace_weight": lambda: Traced(room.num_traced, lambda v: v.weight_TK, 0.0, np.float32),
-    }
-    return makers[name]()
