@@ -5,6 +5,7 @@ from .latent import LatentBank
 from .lowrank import Factors, LowRankBank
 from .packed import WIDTHS, Codes, PackedBank, packed_nbytes
 from .registry import FORMATS, allocate, with_tensors
+from .ternary import Ternary, TernaryBank
 
 __all__ = [
     "FORMATS",
@@ -15,6 +16,8 @@ __all__ = [
     "LatentBank",
     "LowRankBank",
     "PackedBank",
+    "Ternary",
+    "TernaryBank",
     "allocate",
     "packed_nbytes",
     "with_tensors",

@@ -18,8 +18,11 @@ from ._stored import StoredBank
 from .latent import LatentBank
 from .lowrank import LowRankBank
 from .packed import PackedBank
+from .ternary import TernaryBank
 
-FORMATS: dict[str, type[StoredBank]] = {kind.FORMAT: kind for kind in (PackedBank, LowRankBank, LatentBank)}
+FORMATS: dict[str, type[StoredBank]] = {
+    kind.FORMAT: kind for kind in (PackedBank, LowRankBank, LatentBank, TernaryBank)
+}
 """Class of each stored format; a description without a format is of packed integers."""
 
 

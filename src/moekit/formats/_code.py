@@ -1,0 +1,137 @@
+"""The dictionary code of ternary weights: fixed 16-bit codes, each for the longest run of weights it can name.
+
+A weight is a symbol: 0 is zero, 1 the row's low level, 2 its high level. The dictionary holds the 2**16 most probable
+runs of whole pairs of weights, up to 14 pairs, of a source with P(0) = 0.885 and P(1) = P(2) = 0.0575. Runs are equally
+probable where they agree in length and number of zeros; the last such class that fits only in part gives its first
+runs in lexicographic order, so that the dictionary is the same on every machine: it is part of the file format.
+Every prefix of a run is in the dictionary, hence a row is coded greedily by walking a trie. Each row starts anew, and
+a row of odd length is coded with a zero at its end. Source: QMoE (arXiv 2310.16795), section 4.
+Shapes by suffix: N rows, K columns, P = ceil(K / 2) pairs, Q codes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import pad
+
+SIZE, PAIRS = 2**16, 14
+ZERO = 0.885
+Array = NDArray[Any]
+
+
+class Dictionary(NamedTuple):
+    """``symbols`` uint8 [2**16, 28], ``lengths`` uint8 [2**16] in weights; ``child`` int32 [2**16 + 1, 9]: the code of
+    a run and one more pair, or -1; the last row is the empty run. ``nonzero`` uint8 [2**16, M]: where the weights of a
+    run are that are not zero, 32 added for the high level; ``counts`` uint8 [2**16] says how many they are."""
+
+    symbols: Array
+    lengths: Array
+    child: Array
+    nonzero: Array
+    counts: Array
+
+
+@cache
+def dictionary() -> Dictionary:
+    """The dictionary; codes ascend with length, then in lexicographic order."""
+    quota = _quota()
+    runs = np.zeros((1, 0), np.uint8)
+    parents = np.array([SIZE])
+    symbols = np.zeros((SIZE, 2 * PAIRS), np.uint8)
+    lengths = np.zeros(SIZE, np.uint8)
+    child = np.full((SIZE + 1, 9), -1, np.int32)
+    pairs = np.stack(np.divmod(np.arange(9, dtype=np.uint8), 3), axis=1)
+    start = 0
+    for length in range(1, PAIRS + 1):
+        grown = np.concatenate([np.repeat(runs, 9, axis=0), np.tile(pairs, (len(runs), 1))], axis=1)
+        origin, pair = np.repeat(parents, 9), np.tile(np.arange(9), len(runs))
+        kind = (grown > 0).sum(1)
+        keep = np.zeros(len(grown), bool)
+        for count in np.unique(kind):
+            keep[np.flatnonzero(kind == count)[: quota.get((length, int(count)), 0)]] = True
+        runs = grown[keep]
+        parents = start + np.arange(len(runs))
+        child[origin[keep], pair[keep]] = parents
+        symbols[parents, : 2 * length] = runs
+        lengths[parents] = 2 * length
+        start += len(runs)
+    counts = (symbols > 0).sum(1).astype(np.uint8)
+    nonzero = np.zeros((SIZE, int(counts.max())), np.uint8)
+    code, place = np.nonzero(symbols)
+    rank = np.arange(len(code)) - np.repeat(np.cumsum(counts, dtype=np.int64) - counts, counts)
+    nonzero[code, rank] = place + 32 * (symbols[code, place] == 2)
+    return Dictionary(symbols, lengths, child, nonzero, counts)
+
+
+def encode(symbols_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 [N, K] -> codes uint16 [Q] and the first code of every row, then their number: int32 [N + 1]."""
+    columns = symbols_NK.shape[1]
+    even = pad(symbols_NK.cpu(), (0, columns % 2)).to(torch.uint8).numpy()
+    pairs_NP = np.ascontiguousarray(3 * even[:, ::2] + even[:, 1::2])
+    compiled = jit()
+    codes_NP = (compiled.encode if compiled else _encode)(pairs_NP, dictionary().child)
+    used = codes_NP >= 0
+    offsets = np.concatenate([[0], used.sum(1).cumsum()]).astype(np.int32)
+    return torch.from_numpy(codes_NP[used].astype(np.uint16)), torch.from_numpy(offsets)
+
+
+def decode(codes_Q: Tensor, rows: int, columns: int) -> Tensor:
+    """Symbols uint8 [N, K] of whole rows; on any device."""
+    table, lengths = _on(codes_Q.device)
+    found = codes_Q.to(torch.int32)
+    valid = torch.arange(2 * PAIRS, device=found.device) < lengths[found][:, None]
+    return table[found][valid].view(rows, -1)[:, :columns]
+
+
+def zeros(codes_Q: Tensor, rows: int, columns: int) -> int:
+    """How many weights are zero."""
+    return rows * columns - int(dictionary().counts[codes_Q.cpu().numpy()].sum(dtype=np.int64))
+
+
+@cache
+def jit() -> Any:
+    """The compiled functions, or None where Numba is not installed."""
+    return importlib.import_module("moekit.formats._code_jit") if importlib.util.find_spec("numba") else None
+
+
+@cache
+def _on(device: torch.device) -> tuple[Tensor, Tensor]:
+    made = dictionary()
+    return torch.from_numpy(made.symbols).to(device), torch.from_numpy(made.lengths).to(device)
+
+
+def _quota() -> dict[tuple[int, int], int]:
+    """How many runs of so many (pairs, nonzero weights) belong to the dictionary."""
+    zero, level = math.log(ZERO), math.log((1 - ZERO) / 2)
+    kinds = [(length, count) for length in range(1, PAIRS + 1) for count in range(2 * length + 1)]
+    kinds.sort(key=lambda kind: -((2 * kind[0] - kind[1]) * zero + kind[1] * level))
+    quota, left = {}, SIZE
+    for length, count in kinds:
+        quota[length, count] = min(left, math.comb(2 * length, count) * 2**count)
+        left -= quota[length, count]
+    return quota
+
+
+def _encode(pairs_NP: Array, child: Array) -> Array:
+    """Codes [N, P + 1] where a run ends before this pair, else -1; all rows step together."""
+    rows, pairs = pairs_NP.shape
+    ended = np.full((rows, pairs + 1), -1, np.int32)
+    state = np.full(rows, SIZE, np.int32)
+    for p in range(pairs):
+        pair = pairs_NP[:, p]
+        longer = child[state, pair]
+        stop = longer < 0
+        ended[stop, p] = state[stop]
+        state = np.where(stop, child[SIZE, pair], longer)
+    if pairs:
+        ended[:, pairs] = state
+    return ended
