@@ -4,15 +4,28 @@
 | --- | --- |
 | `align` | order hidden units alike, one to one (Hungarian) |
 | `allocate` | least loss under a byte budget, exactly, with the whole curve |
+| `basis` | low rank alone, or with an output or an input basis shared by several matrices; whitening |
 | `cluster` | similarities of experts, joining each to a leader |
 | `gptq` | rounding with error feedback, any grid, all experts of a layer |
 | `grids` | asymmetric, symmetric, binary and ternary grids; rounding to nearest |
 | `moments` | second moments of inputs, token weights, damped inverse factors |
+| `planes` | a low-bit base and sign planes on top, one bit each |
 | `rank` | the best of a layer's experts by a score |
 """
 
 from moekit.algebra.align import align, alignment
 from moekit.algebra.allocate import Allocation, allocate, frontiers
+from moekit.algebra.basis import (
+    LowRank,
+    SharedColumns,
+    SharedRows,
+    low_rank,
+    low_rank_parameters,
+    shared_columns,
+    shared_columns_parameters,
+    shared_rows,
+    shared_rows_parameters,
+)
 from moekit.algebra.cluster import assign_to_leaders, cosine_of_gram
 from moekit.algebra.gptq import GptqReport, gptq
 from moekit.algebra.grids import (
@@ -25,6 +38,7 @@ from moekit.algebra.grids import (
     round_to_nearest,
 )
 from moekit.algebra.moments import second_moments, weighted_error
+from moekit.algebra.planes import Planes, nested
 from moekit.algebra.rank import best, share_to_count
 
 __all__ = [
@@ -32,7 +46,11 @@ __all__ = [
     "Asymmetric",
     "GptqReport",
     "Grid",
+    "LowRank",
+    "Planes",
     "Rounded",
+    "SharedColumns",
+    "SharedRows",
     "Symmetric",
     "TernaryAbsmean",
     "TernaryMinMax",
@@ -44,8 +62,15 @@ __all__ = [
     "cosine_of_gram",
     "frontiers",
     "gptq",
+    "low_rank",
+    "low_rank_parameters",
+    "nested",
     "round_to_nearest",
     "second_moments",
     "share_to_count",
+    "shared_columns",
+    "shared_columns_parameters",
+    "shared_rows",
+    "shared_rows_parameters",
     "weighted_error",
 ]
