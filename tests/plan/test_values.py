@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import families
+import moekit
 from checkpoint import miniatures
 from moekit.bank import ExpertWeights
 from moekit.checkpoint import Checkpoint, MoELayer
+from moekit.contract import Context, RouterEdit, Routing
 from moekit.errors import PlanError
 from moekit.formats import DenseBank, PackedBank
+from moekit.kernels.rewrites import TopSlots
 from moekit.plan import LayerPlan, Plan, StoredExpert, apply, values, verify
 from moekit.plan.recombine import recombined
 
@@ -43,9 +47,14 @@ def computed(checkpoint: Checkpoint, *, packed: bool, edits: dict[str, torch.Ten
     return plan_of(checkpoint, layer_of)
 
 
-def expected(checkpoint: Checkpoint, plan: Plan) -> torch.Tensor:
-    import moekit
+def _first_only(routing: Routing, _: Context) -> Routing:
+    """All weight on the heaviest slot."""
+    weight = routing.weight
+    first = torch.nn.functional.one_hot(weight.argmax(1), weight.shape[1]).to(weight.dtype)
+    return replace(routing, weight=first * weight.sum(1, keepdim=True))
 
+
+def expected(checkpoint: Checkpoint, plan: Plan) -> torch.Tensor:
     model, inputs = families.build("qwen3_moe")
     for block in moekit.blocks(model):
         layer = plan.layers[block.name]
@@ -238,3 +247,38 @@ def test_a_packed_source_whose_rows_share_experts_is_refused(tmp_path: Path) -> 
         PlanError, match="router rows that share an expert or are masked: apply plans to the model it was"
     ):
         apply(packed, Plan(source=packed.fingerprint, layers={}), tmp_path / "out")
+
+
+def test_a_rewrite_routes_wherever_the_output_is_loaded(tmp_path: Path) -> None:
+    checkpoint = source(tmp_path)
+    rewrite = TopSlots(1)
+
+    def first_only(layer: MoELayer) -> LayerPlan:
+        plan = LayerPlan.identity(layer.num_experts)
+        return replace(plan, rewrite=values.keep_rewrite(rewrite.describe(), rewrite.state_dict()))
+
+    plan = plan_of(checkpoint, first_only)
+    plan.save(tmp_path / "p.json")
+    assert Plan.load(tmp_path / "p.json") == plan
+    with pytest.raises(
+        PlanError, match=r"changes its routing at run time \(top-slots\), which the stock format cannot"
+    ):
+        apply(checkpoint, plan, tmp_path / "stock", format="stock")
+    apply(checkpoint, plan, tmp_path / "out")
+    assert verify(tmp_path / "out", checkpoint).ok
+    model, inputs = families.build("qwen3_moe")
+    for block in moekit.blocks(model):
+        block.edit(RouterEdit(after_weigh=_first_only)).attach()
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), inputs),
+        logits(model, inputs),
+        atol=1e-5,
+        rtol=1e-4,
+    )
+    again = Checkpoint.open(tmp_path / "out")
+    apply(again, Plan(source=again.fingerprint, layers={}), tmp_path / "copy")
+    assert verify(tmp_path / "copy", again).ok
+    routed = plan.layers["model.layers.1.mlp"]
+    with pytest.raises(PlanError, match="put it last"):
+        routed.then(LayerPlan.keep([0, 1, 2], 8))
+    assert routed.then(LayerPlan.identity(8).with_bits(4)).rewrite == routed.rewrite

@@ -19,7 +19,7 @@ from moekit.checkpoint import banks, remote, resolve, skeleton
 from moekit.checkpoint.headers import TensorInfo, join_headers, read_header
 from moekit.checkpoint.layers import Classified, ExpertTensor, MoELayer, classify
 from moekit.checkpoint.reader import Reader
-from moekit.checkpoint.scheme import Scheme, stored_bank
+from moekit.checkpoint.scheme import REWRITE, Scheme, stored_bank
 from moekit.checkpoint.storage import Stored, group
 from moekit.checkpoint.structure import Structure, structure
 from moekit.checkpoint.summary import Summary, summarise
@@ -109,8 +109,9 @@ class Checkpoint:
     @cached_property
     def classified(self) -> Classified:
         """What each weight on disk is to the model."""
-        shapes = {name: self.tensors[stored.tensors[stored.carrier]].shape for name, stored in self.stored.items()}
-        return classify(self.stored, shapes, self.structure, self.scheme.counts)
+        known = {name: stored for name, stored in self.stored.items() if REWRITE not in name}
+        shapes = {name: self.tensors[stored.tensors[stored.carrier]].shape for name, stored in known.items()}
+        return classify(known, shapes, self.structure, self.scheme.counts)
 
     @property
     def moe_layers(self) -> tuple[MoELayer, ...]:

@@ -3,7 +3,8 @@
 ``quantization_config`` in config.json: ``{"quant_method": "moekit", "version": 1, "layers": {NAME: LAYER}}``. NAME is
 the module path of a Mixture-of-Experts block; layers that are not named are stock. LAYER describes a stored bank (the
 ``describe()`` of a class in ``formats.FORMATS``; "experts" is their number),
-plus "slots" where router row s does not simply call stored expert s (-1: the row is masked).
+plus "slots" where router row s does not simply call stored expert s (-1: the row is masked), and "rewrite" where the
+routing is changed at run time (``kernels.rewrites``).
 The experts run on the packed weights; nothing is expanded at load.
 """
 
@@ -26,8 +27,8 @@ _SHORT = ("bits", "group_size")
 """Lists with an entry per expert that are written once where all entries are equal."""
 
 
-def describe_layer(bank: Any, slots: Sequence[int]) -> dict[str, Any]:
-    """LAYER for a stored bank and its slots, as short as it can be said."""
+def describe_layer(bank: Any, slots: Sequence[int], rewrite: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """LAYER for a stored bank, its slots and its rewrite, as short as it can be said."""
     count, described = bank.num_experts, bank.describe()
     layer: dict[str, Any] = {"experts": count, **described}
     for key in _SHORT:
@@ -35,12 +36,12 @@ def describe_layer(bank: Any, slots: Sequence[int]) -> dict[str, Any]:
             layer[key] = described[key][0]
     if list(slots) != list(range(count)):
         layer["slots"] = list(slots)
-    return layer
+    return layer if rewrite is None else {**layer, "rewrite": dict(rewrite)}
 
 
 def expand_layer(layer: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
     """The inverse: (what ``formats.allocate`` takes, slots)."""
-    bank = {key: value for key, value in layer.items() if key not in ("experts", "slots")}
+    bank = {key: value for key, value in layer.items() if key not in ("experts", "slots", "rewrite")}
     for key in _SHORT:
         if key in bank and not isinstance(bank[key], list):
             bank[key] = [bank[key]] * layer["experts"]
@@ -65,7 +66,7 @@ def swap_experts(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any]]
         parent = _block(model, name)
         bank, slots = expand_layer(layer)
         plain = slots == list(range(layer["experts"]))
-        parent.experts = BankExperts.like(parent.experts, bank, slots=None if plain else slots)
+        parent.experts = BankExperts.like(parent.experts, bank, None if plain else slots, layer.get("rewrite"))
 
 
 def mask_rows(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any]]) -> None:

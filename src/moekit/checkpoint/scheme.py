@@ -15,6 +15,9 @@ from moekit.checkpoint.reader import Reader
 from moekit.errors import CheckpointError, UnsupportedModelError
 from moekit.formats import allocate, with_tensors
 
+REWRITE = ".experts.rewrite."
+"""In the names of tensors that belong to a rewrite of the routing."""
+
 METHODS = ("fp8", "mxfp4", "compressed-tensors", "moekit")
 """Quantisation methods whose layouts are read."""
 
@@ -52,6 +55,10 @@ class Scheme:
 
         entry = self.config["layers"].get(layer) if self.own else None
         return None if entry is None else expand_layer(entry)[0]
+
+    def rewrite(self, layer: str) -> dict[str, Any] | None:
+        """What describes the rewrite of a layer's routing, where there is one."""
+        return self.config["layers"].get(layer, {}).get("rewrite") if self.own else None
 
     def shares(self, layer: str) -> bool:
         """Whether router rows of a layer in moekit's format share experts, or some are masked."""

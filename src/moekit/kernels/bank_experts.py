@@ -14,6 +14,7 @@ from ..errors import OptionError
 from ..formats import allocate, with_tensors
 from ._drive import Products, forward
 from ._layer import activation_of, check_decorated, in_its_dtype
+from .rewrites import Rewrite, allocate_rewrite
 from .run import products_of
 
 
@@ -21,7 +22,8 @@ class BankExperts(nn.Module):
     """Called as transformers calls experts: ``(hidden [T, H], index [T, K], weights [T, K]) -> [T, H]``.
 
     ``slots[s]`` is the stored expert that router row s uses; rows may share one, and -1 marks a row that is never
-    selected (its pairs add nothing). None means row s uses expert s. Inference only.
+    selected (its pairs add nothing). None means row s uses expert s. ``rewrite`` changes the routing before the
+    experts run. Inference only.
     The parameters are named as on disk (``N.gate_up.qweight`` ...) and keep their dtypes under ``.to(dtype)``.
     """
 
@@ -30,7 +32,7 @@ class BankExperts(nn.Module):
     has_post_expert_norm = False
     _is_expert_parallel = False
 
-    def __init__(self, bank: ExpertBank, slots: Sequence[int] | None = None) -> None:
+    def __init__(self, bank: ExpertBank, slots: Sequence[int] | None = None, rewrite: Rewrite | None = None) -> None:
         super().__init__()
         _check_slots(slots, bank.num_experts)
         self.slots = None if slots is None else list(slots)
@@ -39,6 +41,7 @@ class BankExperts(nn.Module):
         self.has_gate = bank.activation.gated
         self.has_bias = any(name.endswith(".bias") for name in bank.tensors())
         self.config: Any = None
+        self.rewrite = rewrite
         self._empty = with_tensors(bank, {n: t.to("meta") for n, t in bank.tensors().items()})
         self._products: Products | None = None
         self.register_load_state_dict_post_hook(_forget)
@@ -48,11 +51,18 @@ class BankExperts(nn.Module):
             holder.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
 
     @classmethod
-    def like(cls, experts: nn.Module, describe: Mapping[str, Any], slots: Sequence[int] | None = None) -> Self:
+    def like(
+        cls,
+        experts: nn.Module,
+        describe: Mapping[str, Any],
+        slots: Sequence[int] | None = None,
+        rewrite: Mapping[str, Any] | None = None,
+    ) -> Self:
         """Empty, of the sizes and the activation of a family's experts module, on its device (meta included).
 
-        ``describe`` is what the bank's ``describe()`` gave. Raises :class:`OptionError` where it contradicts the
-        module's biases or gate, :class:`UnsupportedModelError` on a module outside the shared contract.
+        ``describe`` is what the bank's ``describe()`` gave, ``rewrite`` what the rewrite's did. Raises
+        :class:`OptionError` where they contradict the module's biases or gate, :class:`UnsupportedModelError` on a
+        module outside the shared contract.
         """
         check_decorated(experts)
         module: Any = experts
@@ -65,7 +75,9 @@ class BankExperts(nn.Module):
         down = module.down_proj
         inner, hidden = down.shape[1:] if module.is_transposed else (down.shape[2], down.shape[1])
         activation = _canonical_activation(_shell(module))
-        self = cls(allocate(describe, hidden, inner, activation, down.device), slots)
+        bank = allocate(describe, hidden, inner, activation, down.device)
+        rows = bank.num_experts if slots is None else len(slots)
+        self = cls(bank, slots, None if rewrite is None else allocate_rewrite(rewrite, rows, hidden, down.device))
         self.config = module.config
         if module.has_post_expert_norm:
             self.has_post_expert_norm, self.post_expert_norm = True, module.post_expert_norm
@@ -85,6 +97,8 @@ class BankExperts(nn.Module):
         if self._products is None:
             finish = in_its_dtype(self.post_expert_norm) if self.has_post_expert_norm else None
             self._products = products_of(self.bank, finish)
+        if self.rewrite is not None:
+            hidden_states, top_k_index, top_k_weights = self.rewrite(hidden_states, top_k_index, top_k_weights)
         return forward(self._products, hidden_states, self._stored(top_k_index), top_k_weights)
 
     def _stored(self, index_TK: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from moekit.errors import PlanError
 from moekit.plan.layer import LayerPlan, Permutation, Row, StoredExpert
 from moekit.plan.values import Values
 
-LAYER_KEYS = ("why", "num_experts", "experts", "slots", "rows", "values")
+LAYER_KEYS = ("why", "num_experts", "experts", "slots", "rows", "values", "rewrite")
 REQUIRED = LAYER_KEYS[1:5]
 VALUES_KEYS = ("sha256", "bank", "edits", "chosen")
 EXPERT_KEYS = ("from", "bits", "group_size", "reordered")
@@ -46,7 +46,10 @@ def layer_to_json(layer: LayerPlan) -> dict[str, Any]:
         "slots": list(layer.slots),
         "rows": [_mix_to_json(row) for row in layer.rows],
     }
-    return found if layer.values is None else {**found, "values": _values_to_json(layer.values)}
+    for key, values in (("values", layer.values), ("rewrite", layer.rewrite)):
+        if values is not None:
+            found[key] = _values_to_json(values)
+    return found
 
 
 def layer_from_json(found: Any, name: str, orders: Mapping[str, np.ndarray]) -> LayerPlan:
@@ -67,6 +70,7 @@ def layer_from_json(found: Any, name: str, orders: Mapping[str, np.ndarray]) -> 
         rows=tuple(_mix_from_json(r, f"{where}, router row {i}") for i, r in enumerate(found["rows"])),
         why=str(found.get("why", "")),
         values=_values_from_json(found["values"], where) if "values" in found else None,
+        rewrite=_values_from_json(found["rewrite"], where) if "rewrite" in found else None,
     )
 
 

@@ -111,8 +111,9 @@ class Plan:
             if tables:
                 _replace(path.with_suffix(".safetensors"), save_tensors(tables))
             for layer in self.layers.values() if with_values else ():
-                if layer.values is not None:
-                    values.store(layer.values, values.folder_of(path))
+                for one in (layer.values, layer.rewrite):
+                    if one is not None:
+                        values.store(one, values.folder_of(path))
             _replace(path, (dump(self._to_json()) + "\n").encode())
         except OSError as error:
             raise OutputError(f"cannot write the plan to {path}: {error.strerror}") from None
@@ -170,9 +171,9 @@ class Plan:
 
 
 def _with_file(layer: LayerPlan, plan: Path) -> LayerPlan:
-    if layer.values is None:
-        return layer
-    return replace(layer, values=values.find(layer.values, values.folder_of(plan)))
+    folder = values.folder_of(plan)
+    found = [None if one is None else values.find(one, folder) for one in (layer.values, layer.rewrite)]
+    return replace(layer, values=found[0], rewrite=found[1])
 
 
 def _read_orders(path: Path, digest: str | None) -> Mapping[str, np.ndarray]:

@@ -6,7 +6,7 @@ which stored expert each row calls. A pruned layer has as many rows as experts a
 layer may keep every row and let several share an expert; slot -1 forbids a row.
 
 What no weighted sum can say (calibrated rounding, factors) has its numbers in ``values``; ``experts`` then says what
-each stored expert was made of.
+each stored expert was made of. ``rewrite`` changes the routing at run time (``kernels.rewrites``).
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ class LayerPlan:
     rows: tuple[Row, ...]
     why: str = ""
     values: Values | None = None
+    rewrite: Values | None = None
 
     @classmethod
     def keep(cls, ids: Sequence[int], num_experts: int, *, why: str = "") -> LayerPlan:
@@ -168,7 +169,22 @@ class LayerPlan:
         why = "; ".join(part for part in (self.why, other.why) if part)
         slots, rows = self._routes_then(other)
         values = self._values_then(other)
-        return LayerPlan(num_experts=self.num_experts, experts=experts, slots=slots, rows=rows, why=why, values=values)
+        if self.rewrite is not None and (other.rewrite is not None or not other.routes_alike):
+            raise PlanError("after a method that changes the routing at run time no other may: put it last")
+        return LayerPlan(
+            num_experts=self.num_experts,
+            experts=experts,
+            slots=slots,
+            rows=rows,
+            why=why,
+            values=values,
+            rewrite=other.rewrite or self.rewrite,
+        )
+
+    @property
+    def routes_alike(self) -> bool:
+        """Whether every router row stays where it was."""
+        return self.plain_slots and self.rows == LayerPlan.identity(self.num_experts).rows
 
     def _values_then(self, other: LayerPlan) -> Values | None:
         if self.values is None:

@@ -13,9 +13,11 @@ from torch import Tensor
 from moekit.bank import SILU_MUL, Activation
 from moekit.checkpoint.export import check_shape, pack_weight, packed_specs
 from moekit.checkpoint.reader import Reader
+from moekit.checkpoint.scheme import REWRITE
 from moekit.checkpoint.shards import Lazy, as_lazy
 from moekit.errors import PlanError
 from moekit.formats import DenseBank, PackedBank
+from moekit.kernels.rewrites import allocate_rewrite
 from moekit.plan.finite import copied, finite
 from moekit.plan.recombine import decoded, recombined_expert
 from moekit.plan.target import LayerTarget
@@ -150,6 +152,16 @@ def own_experts(checkpoint: Checkpoint, target: LayerTarget) -> tuple[dict[str, 
 
     together = Together(lambda: {prefix + name: tensor for name, tensor in made().items()})
     return together.lazy({prefix + name: t for name, t in empty.tensors().items()}), empty
+
+
+def rewrite_pieces(target: LayerTarget) -> dict[str, Lazy]:
+    """The tensors of a layer's rewrite that the plan adds, under the experts module."""
+    values = target.rewrite
+    if values is None:
+        return {}
+    prefix = target.layer.name + REWRITE
+    empty = allocate_rewrite(values.describe, len(target.rows), target.layer.hidden_size, "meta").state_dict()
+    return {prefix + n: Lazy(t.dtype, tuple(t.shape), partial(values.tensor, n)) for n, t in empty.items()}
 
 
 def _empty_integers(checkpoint: Checkpoint, target: LayerTarget) -> PackedBank:

@@ -137,7 +137,12 @@ class _Builder:
         }
         if target.own:
             experts, bank = pieces.own_experts(checkpoint, target)
-            self.packed[layer.name] = describe_layer(bank, target.slots)
+            rewrite = checkpoint.scheme.rewrite(layer.name) if target.rewrite is None else target.rewrite.describe
+            self.packed[layer.name] = describe_layer(bank, target.slots, rewrite)
+            added = pieces.rewrite_pieces(target)
+            self.units[unit] |= added
+            if target.rewrite is not None and target.rewrite.path is None:
+                self.absent |= added.keys()
         else:
             experts = makers[target.style](checkpoint, target)
         if target.style != "copy":

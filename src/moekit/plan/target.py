@@ -42,6 +42,7 @@ class LayerTarget:
     slots: tuple[int, ...]
     values: Values | None = None
     values_of: tuple[int | None, ...] = ()
+    rewrite: Values | None = None
 
     @property
     def own(self) -> bool:
@@ -117,13 +118,14 @@ def make_target(checkpoint: Checkpoint, plan: Plan, format: str = "auto", materi
 
 def _as_it_was(plan: LayerPlan) -> bool:
     """Whether experts are only kept or dropped, their values and precision untouched."""
-    return plan.values is None and all(expert.untouched for expert in plan.experts)
+    return plan.values is None and plan.rewrite is None and all(expert.untouched for expert in plan.experts)
 
 
 def _in_family_layout(plan: LayerPlan) -> bool:
     """Whether the family's own layout can hold the layer."""
     return (
         plan.plain_slots
+        and plan.rewrite is None
         and all(expert.bits == 16 for expert in plan.experts)
         and (plan.values is None or plan.values.dense)
     )
@@ -166,6 +168,11 @@ def _check_stock(plans: Mapping[str, LayerPlan]) -> None:
             raise PlanError(
                 f"layer {name} has router rows that share an expert or are masked, which the stock format "
                 "cannot say; use --format moekit, or materialise to store shared experts several times"
+            )
+        if layer.rewrite is not None:
+            raise PlanError(
+                f"layer {name} changes its routing at run time ({layer.rewrite.describe['kind']}), which the stock "
+                "format cannot say; use --format moekit"
             )
         if layer.values is not None and not layer.values.dense:
             raise PlanError(
@@ -216,7 +223,7 @@ def _packed(layer: MoELayer, plan: LayerPlan, wide: bool, dense: bool, own: bool
     else:
         style = "copy" if not dense and _as_it_was(plan) else "dense"
     of = tuple(range(len(plan.experts)))
-    return LayerTarget(layer, style, plan.experts, plan.rows, plan.slots, plan.values, of)
+    return LayerTarget(layer, style, plan.experts, plan.rows, plan.slots, plan.values, of, plan.rewrite)
 
 
 def _widened(plan: LayerPlan, layer: MoELayer) -> LayerPlan:
@@ -236,6 +243,7 @@ def _widened(plan: LayerPlan, layer: MoELayer) -> LayerPlan:
         rows=tuple(((position, 1.0),) if i is None else plan.rows[i] for position, i in enumerate(at)),
         why=plan.why,
         values=plan.values,
+        rewrite=plan.rewrite,
     )
 
 

@@ -131,6 +131,10 @@ class Spool:
         tensors = {**bank.tensors(), **{EDITS + name: tensor for name, tensor in (edits or {}).items()}}
         describe = {"format": DENSE} if isinstance(bank, DenseBank) else dict(bank.describe())  # type: ignore[attr-defined]
         describe["sizes"] = [bank.hidden_size, bank.intermediate_size]
+        return self.write(tensors, describe, tuple(edits or ()))
+
+    def write(self, tensors: Mapping[str, Tensor], describe: Mapping[str, Any], edits: tuple[str, ...] = ()) -> Values:
+        """Write any tensors under a description."""
         self.folder.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(dir=self.folder, suffix=".partial")
         os.close(handle)
@@ -138,7 +142,7 @@ class Spool:
         digest = _sha256(Path(partial))
         path = self.folder / f"{digest}.safetensors"
         Path(partial).replace(path)
-        return Values(json.dumps(describe, sort_keys=True), digest, tuple(edits or ()), None, path)
+        return Values(json.dumps(describe, sort_keys=True), digest, edits, None, path)
 
 
 _SPOOL: ContextVar[Spool | None] = ContextVar("moekit_spool", default=None)
@@ -158,6 +162,11 @@ def spooling(folder: str | os.PathLike[str]) -> Iterator[Spool]:
 def keep(bank: ExpertBank, edits: Mapping[str, Tensor] | None = None) -> Values:
     """Hand over one layer's computed experts: to the folder of :func:`spooling`, else to one that this process owns."""
     return (_SPOOL.get() or _own_spool()).keep(bank, edits)
+
+
+def keep_rewrite(describe: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Values:
+    """Hand over a rewrite of one layer's routing: its ``describe()`` and its ``state_dict()``."""
+    return (_SPOOL.get() or _own_spool()).write(tensors, describe)
 
 
 @cache
