@@ -3,7 +3,8 @@
 from moekit.plan.apply import apply
 from moekit.plan.document import LayerPlan, Permutation, Plan, StoredExpert
 from moekit.plan.fit import FitResult, fit
-from moekit.plan.live import LiveLoss, live_loss, split_held_out
+from moekit.plan.live import LiveLoss, split_held_out
+from moekit.plan.live_streamed import live_loss
 from moekit.plan.planner import LayerPlanner, Method, PlannedSource, Planner, Site, Source, make_plan
 from moekit.plan.receipt import Receipt
 from moekit.plan.recombine import recombined, stored

@@ -7,9 +7,8 @@ Shapes by suffix: N positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,10 +21,7 @@ from moekit.plan.document import Plan
 from moekit.plan.layer import LayerPlan
 from moekit.plan.planner import Source
 from moekit.plan.recombine import stored
-from moekit.stream import LoadedModel, open_model
-
-if TYPE_CHECKING:
-    from moekit.checkpoint import Checkpoint
+from moekit.stream import Runner
 
 KEPT_LOGITS = 100_000_000
 """Reference log-probabilities held in memory, at four bytes each; positions are thinned to fit."""
@@ -48,44 +44,48 @@ def split_held_out(
     return choose, judge
 
 
-def live_loss(
-    source: Checkpoint,
-    sequences: Mapping[str, Sequence[np.ndarray]],
-    *,
-    tokens: int = TOKENS,
-    device: str = "auto",
-    max_ram: int | float | str | None = None,
-) -> LiveLoss | None:
-    """A :class:`LiveLoss` on about ``tokens`` tokens, domains in turn; None where the model does not fit in memory, or
-    there is nothing to run it on."""
-    chosen, total = [], 0
+def some(sequences: Mapping[str, Sequence[np.ndarray]], tokens: int = TOKENS) -> list[np.ndarray]:
+    """About ``tokens`` tokens of the sequences, domains in turn; those of one token alone predict nothing."""
+    chosen: list[np.ndarray] = []
+    total = 0
     for piece in (p for row in zip_longest(*sequences.values()) for p in row if p is not None and len(p) > 1):
         if total < tokens:
             chosen.append(piece[: max(tokens - total, 2)])
             total += len(chosen[-1])
-    if not chosen:
-        return None
-    runner = open_model(source, device=device, max_ram=max_ram, dtype=torch.float32)
-    return LiveLoss(runner, source, chosen) if isinstance(runner, LoadedModel) else None
+    return chosen
 
 
 class LiveLoss:
     """KL divergence of a plan's output from the source, in nats per token, on fixed calibration tokens.
 
-    The runner's model is changed while plans are measured and as it was after :meth:`restore`.
+    The runner's model is changed while plans are measured and as it was after :meth:`restore`. ``rows`` sequences run
+    side by side; of the reference's log-probabilities at most ``kept`` are held, positions thinned to fit.
+    ``progress``, if set, is told of (done, total) steps of each measurement.
     """
 
-    def __init__(self, runner: LoadedModel, source: Source, sequences: Sequence[np.ndarray]) -> None:
+    reads_disk = False
+    """Whether each measurement reads the model from disk."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        source: Source,
+        sequences: Sequence[np.ndarray],
+        *,
+        rows: int = BATCH,
+        kept: int = KEPT_LOGITS,
+    ) -> None:
         self._runner, self._source = runner, source
         self._blocks: dict[str, MoEBlock] = {block.name: block for block in blocks(runner.model)}
         self._now: dict[str, LayerPlan] = {}
         self._masks: dict[str, Edit] = {}
-        self._batches = list(_batches(sequences))
+        self._batches = list(batches(sequences, rows))
         vocabulary = runner.model.config.get_text_config().vocab_size
         positions = sum(batch.numel() for batch in self._batches)
-        self._step = max(1, -(-positions * vocabulary // KEPT_LOGITS))
-        self._reference = [self._log_probability(batch) for batch in self._batches]
+        self._step = max(1, -(-positions * vocabulary // kept))
+        self.progress: Callable[[int, int], None] | None = None
         self.evaluations = 0
+        self._reference = list(self._log_probabilities())
 
     @property
     def num_tokens(self) -> int:
@@ -95,14 +95,16 @@ class LiveLoss:
     def become(self, plan: Plan) -> None:
         """Let the model compute as the plan's output would, until the next plan or :meth:`restore`."""
         for name, block in self._blocks.items():
-            self._set(block, plan.layer(name, block.num_experts))
+            layer = plan.layer(name, block.num_experts)
+            if self._now.get(name, LayerPlan.identity(block.num_experts)) != layer:
+                self._set(block, layer)
+                self._now[name] = layer
 
     def __call__(self, plan: Plan) -> float:
         self.evaluations += 1
         self.become(plan)
         total = 0.0
-        for batch, wanted_NV in zip(self._batches, self._reference, strict=True):
-            found_NV = self._log_probability(batch)
+        for wanted_NV, found_NV in zip(self._reference, self._log_probabilities(), strict=True):
             total += float((wanted_NV.exp() * (wanted_NV - found_NV)).sum(dtype=torch.float64))
         return max(total / self.num_tokens, 0.0)
 
@@ -111,21 +113,23 @@ class LiveLoss:
         self.become(Plan(source=self._source.fingerprint, layers={}))
 
     def _set(self, block: MoEBlock, plan: LayerPlan) -> None:
-        same = LayerPlan.identity(block.num_experts)
-        if self._now.get(block.name, same) == plan:
-            return
+        self._mask(block, plan)
+        block.put(simulated(self._source.bank(block.name), plan))
+
+    def _mask(self, block: MoEBlock, plan: LayerPlan) -> None:
+        """Let only the rows be chosen that the plan keeps."""
+        live = live_rows(plan)
         if block.name in self._masks:
             self._masks.pop(block.name).remove()
-        block.put(simulated(self._source.bank(block.name), plan))
-        live = live_rows(plan)
         if len(live) < block.num_experts:
             self._masks[block.name] = block.mask(sorted(live)).attach()
-        self._now[block.name] = plan
 
-    def _log_probability(self, batch: Tensor) -> Tensor:
-        (logits,) = self._runner.forward([{"input_ids": batch}])
-        kept = logits[:, :-1].reshape(-1, logits.shape[-1])[:: self._step]
-        return kept.float().log_softmax(-1).cpu()
+    def _log_probabilities(self) -> Iterator[Tensor]:
+        """[N, V] of each batch, positions thinned."""
+        asked = [{"input_ids": batch} for batch in self._batches]
+        for logits in self._runner.forward(asked, on_layer=self.progress):
+            kept = logits[:, :-1].reshape(-1, logits.shape[-1])[:: self._step]
+            yield kept.float().log_softmax(-1).cpu()
 
 
 def simulated(bank: DenseBank, plan: LayerPlan) -> DenseBank:
@@ -145,12 +149,12 @@ def live_rows(plan: LayerPlan) -> dict[int, int]:
     return live
 
 
-def _batches(sequences: Sequence[np.ndarray]) -> Any:
-    """Sequences of one length side by side, [B, S] each; of two tokens or more."""
+def batches(sequences: Sequence[np.ndarray], rows: int) -> Iterator[Tensor]:
+    """Sequences of one length side by side, [B, S] each with B at most ``rows``; of two tokens or more."""
     by_length: dict[int, list[np.ndarray]] = {}
     for sequence in sequences:
         by_length.setdefault(len(sequence), []).append(np.asarray(sequence))
-    for length, rows in sorted(by_length.items()):
+    for length, alike in sorted(by_length.items()):
         if length > 1:
-            for start in range(0, len(rows), BATCH):
-                yield torch.from_numpy(np.stack(rows[start : start + BATCH]).astype(np.int64))
+            for start in range(0, len(alike), rows):
+                yield torch.from_numpy(np.stack(alike[start : start + rows]).astype(np.int64))

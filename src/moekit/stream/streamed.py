@@ -26,7 +26,9 @@ MAX_THREADS = 2048
 
 class StreamedModel:
     """``model`` is a skeleton whose layers hold weights only while they run; hooks, edits and observers attach to it as
-    to any live model. ``batch`` is the index of the batch that runs at the moment, for observers.
+    to any live model. ``batch`` is the index of the batch that runs at the moment, for observers. ``edit``, if set, is
+    called with the path of each layer once its weights are there and before anything runs through it; what it writes
+    into them goes when they go. ``edit_bytes``: the memory it takes meanwhile, which counts towards the cap.
 
     Args:
         checkpoint: what to run.
@@ -50,17 +52,20 @@ class StreamedModel:
         self.checkpoint, self.device, self.cap = checkpoint, torch.device(device), memory.cap(max_ram)
         self.model = live_skeleton(checkpoint, dtype, self.device)
         self.batch = -1
+        self.edit: Callable[[str], None] | None = None
+        self.edit_bytes = 0
         self.weights = Weights(
             self.model, CheckpointSource(checkpoint, self.model.dtype), self.device, str(checkpoint.path)
         )
         parts = anatomy(self.model)
         self.layers: list[nn.Module] = list(parts.layers.values())
+        self._paths = list(parts.layers)
         self._layer_keys = [keys_under(self.weights.meta, name) for name in parts.layers]
         self._around = self._own_keys(parts.around)
         self._outside = {module: self._own_keys({name: module}) for name, module in parts.outside.items()}
         self._itemsize = self.model.dtype.itemsize
         usual = {"input_ids": torch.empty(USUAL_BATCH, dtype=torch.int64, device="meta")}
-        self.cap.require(self.weight_bytes(), "the largest layer", named=self._with_batch(usual, logits=False))
+        self.cap.require(self.weight_bytes(), "the largest layer", named=self.needed_bytes(usual, logits=False))
 
     def _own_keys(self, modules: dict[str, nn.Module]) -> list[str]:
         """State-dict keys that belong to the modules themselves, not to what is inside them."""
@@ -71,16 +76,17 @@ class StreamedModel:
         """The most bytes a pass holds besides the batches that wait: a layer, and the head that follows the last one,
         and either the copies made while loading or what the ``running`` batch takes.
 
-        Both at once, and a second layer, where layers are read ``ahead``.
+        Both at once, and a second layer, where layers are read ``ahead``. An edit is over before a batch runs.
         """
         resident, transient = self.weights.resident_bytes, self.weights.transient_bytes
         layer = max(map(resident, self._layer_keys), default=0)
         beside = max(map(resident, self._outside.values()), default=0) + resident(self._around)
         loading = max(map(transient, [*self._layer_keys, *self._outside.values()]), default=0)
+        running = max(running, self.edit_bytes)
         return beside + (2 * layer + loading + running if ahead else layer + max(loading, running))
 
-    def _with_batch(self, batch: Batch, logits: bool) -> int:
-        """The most bytes a pass of this one batch holds."""
+    def needed_bytes(self, batch: Batch, logits: bool = True) -> int:
+        """The most bytes a pass of this one batch holds, beyond what is resident before it."""
         running = footprint.running_bytes(self.model.config, batch, self._itemsize, logits)
         return self.weight_bytes(running) + footprint.parked_bytes(self.model.config, batch, self._itemsize)
 
@@ -181,6 +187,8 @@ class _Residency:
             future.result()
         else:
             self.weights.load(self.owner._layer_keys[stop])
+        if self.owner.edit is not None:
+            self.owner.edit(self.owner._paths[stop])
         if self.reader is not None and stop + 1 < len(self.owner.layers):
             following = self.owner._layer_keys[stop + 1]
             self.coming[stop + 1] = self.reader.submit(self.weights.load, following)
@@ -208,4 +216,4 @@ def smallest_cap(checkpoint: Checkpoint, batch: Batch | None = None, dtype: torc
     Counts what this process holds now, the largest layer while it is loaded, and one batch between the layers.
     """
     model = StreamedModel(checkpoint, dtype=dtype)
-    return memory.smallest_for(model.weight_bytes() if batch is None else model._with_batch(batch, logits=True))
+    return memory.smallest_for(model.weight_bytes() if batch is None else model.needed_bytes(batch, logits=True))
