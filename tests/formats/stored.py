@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from banks import make
 
-from moekit.formats import WIDTHS, DenseBank, LatentBank, LowRankBank, PackedBank, TernaryBank
+from moekit.formats import WIDTHS, DenseBank, LatentBank, LowRankBank, NestedBank, PackedBank, TernaryBank
 
 MADE = {
     "packed": lambda dense: PackedBank.quantise(dense, list(WIDTHS), 8),
@@ -12,6 +12,7 @@ MADE = {
     "low-rank and rows": lambda dense: LowRankBank.factorise(dense, {"gate": 2, "up": 3, "down": 1}, 3),
     "latent": lambda dense: LatentBank.factorise(dense, 2, 7),
     "latent down": lambda dense: LatentBank.factorise(dense, [1, 0, 0, 2, 2, 1], 7, share_down=5),
+    "nested": lambda dense: NestedBank.quantise(dense, [2, 3, 4, 2, 5, 8], 2, [8, 4, 16, 8, 8, 3]),
     "ternary": lambda dense: TernaryBank.quantise(dense),
 }
 

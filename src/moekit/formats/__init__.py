@@ -3,6 +3,7 @@
 from .dense import DenseBank
 from .latent import LatentBank
 from .lowrank import Factors, LowRankBank
+from .nested import NestedBank, Plane
 from .packed import WIDTHS, Codes, PackedBank, packed_nbytes
 from .registry import FORMATS, allocate, with_tensors
 from .ternary import Ternary, TernaryBank
@@ -15,7 +16,9 @@ __all__ = [
     "Factors",
     "LatentBank",
     "LowRankBank",
+    "NestedBank",
     "PackedBank",
+    "Plane",
     "Ternary",
     "TernaryBank",
     "allocate",

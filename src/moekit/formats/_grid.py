@@ -36,18 +36,18 @@ def fit(weight_NK: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, 
     of abs(w - m): the least squares where each weight goes to the side of m it is on.
     """
     rows, columns = weight_NK.shape
-    grouped = _grouped(weight_NK, group_size)
-    low, high = _two_levels(grouped, columns) if bits == 1 else grouped.aminmax(dim=-1)
+    parts = grouped(weight_NK, group_size)
+    low, high = _two_levels(parts, columns) if bits == 1 else parts.aminmax(dim=-1)
     mins = _round_towards(low, -torch.inf)
     levels = 2**bits - 1
     scales = _round_towards((high - mins.float()) / levels, torch.inf)
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
-    steps = (grouped - mins.float()[..., None]) / scales.float()[..., None]
+    steps = (parts - mins.float()[..., None]) / scales.float()[..., None]
     integers = steps.round_().clamp_(0, levels).to(torch.uint8).view(rows, -1)[:, :columns]
     return integers.contiguous(), scales, mins
 
 
-def _grouped(weight_NK: Tensor, group_size: int) -> Tensor:
+def grouped(weight_NK: Tensor, group_size: int) -> Tensor:
     """float32 [N, C, group size]; a short last group is filled with its last weight."""
     rows, columns = weight_NK.shape
     count = groups(columns, group_size)

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..bank import SILU_MUL, Activation
 from ..errors import OptionError
 from . import _grid
-from ._stored import Spec, StoredBank, biases, each, finite, given_biases, matrices
+from ._stored import Spec, StoredBank, biases, each, finite, given_biases, matrices, own
 from .dense import DenseBank
 
 WIDTHS = (1, 2, 3, 4, 8, 16)
@@ -74,7 +74,7 @@ class PackedBank(StoredBank):
         for expert, (width, size) in enumerate(zip(widths, sizes, strict=True)):
             for part, weight in matrices(dense.expert(expert), cls.PARTS).items():
                 name = f"{expert}.{part}"
-                made: Codes | Tensor = weight.clone() if width == 16 else _codes(weight, width, size, name)
+                made: Codes | Tensor = weight if width == 16 else _codes(weight, width, size, name)
                 stored |= _stored(name, made, width)
         shape = (dense.hidden_size, dense.intermediate_size)
         return cls(stored | biases(dense), widths, sizes, shape, dense.dtype, dense.activation)
@@ -170,8 +170,11 @@ def _codes(weight: Tensor, bits: int, group_size: int, name: str) -> Codes:
 def _stored(name: str, made: Codes | Tensor, bits: int) -> dict[str, Tensor]:
     if isinstance(made, Codes) != (bits < 16):
         raise OptionError(f"expert weights {name} at bits={bits} must be {'codes' if bits < 16 else 'a plain weight'}")
-    if not isinstance(made, Codes):
-        return {f"{name}.weight": made}
+    return code_leaves(name, made, bits) if isinstance(made, Codes) else {f"{name}.weight": own(made, made.dtype)}
+
+
+def code_leaves(name: str, made: Codes, bits: int) -> dict[str, Tensor]:
+    """The stored tensors of a matrix that is on a grid; raises :class:`OptionError` where it is not."""
     highest = int(made.integers.max()) if made.integers.numel() else 0
     if highest >= 2**bits or int(made.integers.min()) < 0:
         raise OptionError(f"{name} holds the integer {highest}, but {bits} bits hold 0 to {2**bits - 1}")

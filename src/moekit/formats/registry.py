@@ -17,11 +17,12 @@ from ..errors import OptionError
 from ._stored import StoredBank
 from .latent import LatentBank
 from .lowrank import LowRankBank
+from .nested import NestedBank
 from .packed import PackedBank
 from .ternary import TernaryBank
 
 FORMATS: dict[str, type[StoredBank]] = {
-    kind.FORMAT: kind for kind in (PackedBank, LowRankBank, LatentBank, TernaryBank)
+    kind.FORMAT: kind for kind in (PackedBank, LowRankBank, LatentBank, TernaryBank, NestedBank)
 }
 """Class of each stored format; a description without a format is of packed integers."""
 
