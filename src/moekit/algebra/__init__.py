@@ -5,7 +5,7 @@
 | `align` | order hidden units alike, one to one (Hungarian) |
 | `allocate` | least loss under a byte budget, exactly, with the whole curve |
 | `basis` | low rank alone, or with an output or an input basis shared by several matrices; whitening |
-| `cluster` | similarities of experts, joining each to a leader |
+| `cluster` | similarities of experts; joining each to a leader, k-means on outputs, spectral, pooled budgets |
 | `gptq` | rounding with error feedback, any grid, all experts of a layer |
 | `grids` | asymmetric, symmetric, binary and ternary grids; rounding to nearest |
 | `moments` | second moments of inputs, token weights, damped inverse factors |
@@ -26,7 +26,17 @@ from moekit.algebra.basis import (
     shared_rows,
     shared_rows_parameters,
 )
-from moekit.algebra.cluster import assign_to_leaders, cosine_of_gram
+from moekit.algebra.cluster import (
+    Clustering,
+    assign_to_leaders,
+    cosine_of_gram,
+    kmeans,
+    mean_cosine,
+    objective_curve,
+    pooled_counts,
+    spectral,
+    token_grams,
+)
 from moekit.algebra.gptq import GptqReport, gptq
 from moekit.algebra.grids import (
     Asymmetric,
@@ -44,6 +54,7 @@ from moekit.algebra.rank import best, share_to_count
 __all__ = [
     "Allocation",
     "Asymmetric",
+    "Clustering",
     "GptqReport",
     "Grid",
     "LowRank",
@@ -62,9 +73,13 @@ __all__ = [
     "cosine_of_gram",
     "frontiers",
     "gptq",
+    "kmeans",
     "low_rank",
     "low_rank_parameters",
+    "mean_cosine",
     "nested",
+    "objective_curve",
+    "pooled_counts",
     "round_to_nearest",
     "second_moments",
     "share_to_count",
@@ -72,5 +87,7 @@ __all__ = [
     "shared_columns_parameters",
     "shared_rows",
     "shared_rows_parameters",
+    "spectral",
+    "token_grams",
     "weighted_error",
 ]
