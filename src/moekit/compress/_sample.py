@@ -57,13 +57,7 @@ class Sample:
         Raises ProfileError where the profile has none, of these domains or at all.
         """
         x, expert, weight = (layer.array(name) for name in ("hidden", "sample_expert", "sample_weight"))
-        kept = np.arange(len(x))
-        if domains:
-            for domain in domains:
-                if domain not in layer.domains:
-                    raise ProfileError(f"the profile has no domain '{domain}': it has {', '.join(layer.domains)}")
-            kept = np.flatnonzero(np.isin(layer.sample_domain, [layer.domains.index(domain) for domain in domains]))
-        kept = kept[:most]
+        kept = layer.sample_rows(domains)[:most]
         if not len(kept):
             raise ProfileError(f"layer {layer.name} has no sampled tokens to work with: profile again with more")
         routing = Routing(torch.from_numpy(expert[kept]).long(), torch.from_numpy(weight[kept]))

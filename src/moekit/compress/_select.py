@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping
 
 import numpy as np
@@ -39,9 +40,19 @@ def count_to_keep(keep: float | int, site: Site) -> int:
 def keep_best(
     score_E: np.ndarray, keep: float | int, site: Site, *, why: str, protected: Collection[int] = ()
 ) -> LayerPlan:
-    """Keep the experts of highest score in one layer; ties go to the lower id."""
+    """Keep the experts of highest score in one layer; ties go to the lower id.
+
+    ``protected`` experts stay whatever they score; ids that are no routed expert's (shared ones) are ignored. PlanError
+    where there are more of them than places.
+    """
     count = count_to_keep(keep, site)
-    kept = best(score_E, count, protected=protected, num_groups=site.num_groups)
+    guarded = _routed(protected, site)
+    kept = best(score_E, count, protected=guarded, num_groups=site.num_groups)
+    if lost := sorted(guarded - set(kept)):
+        raise PlanError(
+            f"layer {site.name}: keep={keep} leaves {count} of {site.num_experts} experts, too few for the "
+            f"{len(guarded)} protected ones (expert {lost[0]} would go); keep at least {_least(guarded, site)}"
+        )
     return LayerPlan.keep(kept, site.num_experts, why=f"keeps {count} of {site.num_experts} by {why}")
 
 
@@ -55,12 +66,18 @@ def keep_best_of_all(
 ) -> dict[str, LayerPlan]:
     """Spend one budget (``keep`` of all experts, or on average per layer) where scores are highest, over all layers.
 
-    Every layer keeps what its router needs. The experts of a layer are taken in order of score, whole rounds of its
-    groups at a time; scores of different layers must be comparable.
+    Every layer keeps what its router needs and what is protected. The experts of a layer are taken in order of score,
+    whole rounds of its groups at a time; scores of different layers must be comparable. PlanError where ``keep`` leaves
+    fewer than that.
     """
-    guarded = {name: tuple((protected or {}).get(name, ())) for name in sites}
-    counts = {name: count_to_keep(site.top_k, site) for name, site in sites.items()}
+    guarded = {name: _routed((protected or {}).get(name, ()), site) for name, site in sites.items()}
+    counts = {name: max(count_to_keep(site.top_k, site), _least(guarded[name], site)) for name, site in sites.items()}
     left = sum(count_to_keep(keep, site) for site in sites.values()) - sum(counts.values())
+    if left < 0:
+        raise PlanError(
+            f"keep={keep} leaves {sum(counts.values()) + left} experts over all layers, fewer than the "
+            f"{sum(counts.values())} that routers need or that are protected; keep more"
+        )
 
     def offer(position: int, name: str) -> tuple[float, int, str]:
         """The next round of a layer's experts, the best first in a heap; layers in order break ties."""
@@ -83,3 +100,13 @@ def keep_best_of_all(
         name: keep_best(scores[name], counts[name], site, why=why, protected=guarded[name])
         for name, site in sites.items()
     }
+
+
+def _routed(protected: Collection[int], site: Site) -> set[int]:
+    return {expert for expert in protected if 0 <= expert < site.num_experts}
+
+
+def _least(guarded: Collection[int], site: Site) -> int:
+    """Fewest experts a layer can keep with all of these among them, every group giving as many."""
+    size = site.num_experts // site.num_groups
+    return site.num_groups * max(Counter(expert // size for expert in guarded).values(), default=0)

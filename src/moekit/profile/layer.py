@@ -65,15 +65,17 @@ class LayerProfile:
             if domains or phase or half is not None:
                 raise ProfileError(f"'{statistic}' is not kept by domain, phase or half")
             return array
+        if phase is not None and phase not in PHASES:
+            raise ProfileError(f"there is no phase '{phase}': a profile tells {' and '.join(PHASES)} apart")
+        array = array[:, self._numbers(domains)]
+        array = array[:, :, PHASES.index(phase) : PHASES.index(phase) + 1] if phase else array
+        return (array if half is None else array[half : half + 1]).sum(axis=(0, 1, 2))
+
+    def _numbers(self, domains: Sequence[str] | None) -> list[int]:
         for domain in domains or ():
             if domain not in self.domains:
                 raise ProfileError(f"the profile has no domain '{domain}': it has {', '.join(self.domains)}")
-        if phase is not None and phase not in PHASES:
-            raise ProfileError(f"there is no phase '{phase}': a profile tells {' and '.join(PHASES)} apart")
-        which = range(len(self.domains)) if domains is None else [self.domains.index(domain) for domain in domains]
-        array = array[:, list(which)]
-        array = array[:, :, PHASES.index(phase) : PHASES.index(phase) + 1] if phase else array
-        return (array if half is None else array[half : half + 1]).sum(axis=(0, 1, 2))
+        return [self.domains.index(domain) for domain in (self.domains if domains is None else domains)]
 
     def per_token(self, statistic: str, domains: Sequence[str] | None = None, *, half: int | None = None) -> np.ndarray:
         """Mean of a slot statistic over the tokens that chose the expert: [E], nan for an expert that none chose."""
@@ -113,6 +115,12 @@ class LayerProfile:
     def starved(self, least: int) -> tuple[int, ...]:
         """Experts with fewer than ``least`` tokens: their figures mean little."""
         return tuple(np.flatnonzero(self.total("counts") < least).tolist())
+
+    def sample_rows(self, domains: Sequence[str] = ()) -> np.ndarray:
+        """Rows of the sample that are of the named domains (all if none are named), in order."""
+        if not domains:
+            return np.arange(len(self.sample_expert))
+        return np.flatnonzero(np.isin(self.sample_domain, self._numbers(domains)))
 
     def sampled(self) -> np.ndarray:
         """[E] sampled tokens that chose each expert."""
