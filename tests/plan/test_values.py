@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from applying import kept, logits, plan_of
@@ -22,8 +23,10 @@ from moekit.contract import Context, RouterEdit, Routing
 from moekit.errors import PlanError
 from moekit.formats import DenseBank, PackedBank
 from moekit.kernels.rewrites import TopSlots
-from moekit.plan import LayerPlan, Plan, StoredExpert, apply, values, verify
+from moekit.measure import compare
+from moekit.plan import LayerPlan, LiveLoss, Plan, StoredExpert, apply, values, verify
 from moekit.plan.recombine import recombined
+from moekit.stream import LoadedModel
 
 pytestmark = pytest.mark.usefixtures("quick_reload")
 
@@ -282,3 +285,19 @@ def test_a_rewrite_routes_wherever_the_output_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="put it last"):
         routed.then(LayerPlan.keep([0, 1, 2], 8))
     assert routed.then(LayerPlan.identity(8).with_bits(4)).rewrite == routed.rewrite
+
+
+def test_a_rewrite_is_measured_live_as_it_will_run(tmp_path: Path) -> None:
+    checkpoint = source(tmp_path)
+    rewrite = TopSlots(1)
+    made = values.keep_rewrite(rewrite.describe(), rewrite.state_dict())
+    plan = plan_of(checkpoint, lambda layer: replace(LayerPlan.keep(kept(layer), layer.num_experts), rewrite=made))
+    rows = [np.arange(3, 40), np.arange(60, 20, -1)]
+    loss = LiveLoss(LoadedModel.load(checkpoint, dtype=torch.float32), checkpoint, rows)
+    measured = loss(plan)
+    assert measured > loss(replace(plan, layers={n: replace(p, rewrite=None) for n, p in plan.layers.items()})) > 0
+    assert loss(Plan(source=checkpoint.fingerprint, layers={})) == pytest.approx(0, abs=1e-9)
+    apply(checkpoint, plan, tmp_path / "out")
+    batches = [{"input_ids": torch.from_numpy(row.copy())[None]} for row in rows]
+    both = [LoadedModel.load(c, dtype=torch.float32) for c in (checkpoint, Checkpoint.open(tmp_path / "out"))]
+    assert measured == pytest.approx(compare(*both, batches).kl.mean, rel=1e-3)

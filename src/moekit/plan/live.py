@@ -13,6 +13,7 @@ from itertools import zip_longest
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from moekit.blocks import Edit, MoEBlock, blocks
 from moekit.errors import PlanError
@@ -21,6 +22,7 @@ from moekit.plan.document import Plan
 from moekit.plan.layer import LayerPlan
 from moekit.plan.planner import Source
 from moekit.plan.recombine import stored
+from moekit.plan.rewriting import attach, rewrite_of
 from moekit.stream import Runner
 
 KEPT_LOGITS = 100_000_000
@@ -78,7 +80,7 @@ class LiveLoss:
         self._runner, self._source = runner, source
         self._blocks: dict[str, MoEBlock] = {block.name: block for block in blocks(runner.model)}
         self._now: dict[str, LayerPlan] = {}
-        self._masks: dict[str, Edit] = {}
+        self._changes: dict[str, list[Edit | RemovableHandle]] = {}
         self._batches = list(batches(sequences, rows))
         vocabulary = runner.model.config.get_text_config().vocab_size
         positions = sum(batch.numel() for batch in self._batches)
@@ -117,12 +119,16 @@ class LiveLoss:
         block.put(simulated(self._source.bank(block.name), plan))
 
     def _mask(self, block: MoEBlock, plan: LayerPlan) -> None:
-        """Let only the rows be chosen that the plan keeps."""
+        """Let only the rows be chosen that the plan keeps, and rewrite the routing if it says so."""
         live = live_rows(plan)
-        if block.name in self._masks:
-            self._masks.pop(block.name).remove()
+        for handle in self._changes.pop(block.name, []):
+            handle.remove()
+        changes: list[Edit | RemovableHandle] = []
         if len(live) < block.num_experts:
-            self._masks[block.name] = block.mask(sorted(live)).attach()
+            changes.append(block.mask(sorted(live)).attach())
+        if (rewrite := rewrite_of(plan, block.hidden_size)) is not None:
+            changes.append(attach(rewrite, block, [row[0][0] for row in plan.rows]))
+        self._changes[block.name] = changes
 
     def _log_probabilities(self) -> Iterator[Tensor]:
         """[N, V] of each batch, positions thinned."""
