@@ -9,6 +9,7 @@
 | `gptq` | rounding with error feedback, any grid, all experts of a layer |
 | `grids` | asymmetric, symmetric, binary and ternary grids; rounding to nearest |
 | `moments` | second moments of inputs, token weights, damped inverse factors |
+| `neurons` | handing single neurons of dropped experts to the most similar kept ones; merging their pools |
 | `planes` | a low-bit base and sign planes on top, one bit each |
 | `rank` | the best of a layer's experts by a score |
 """
@@ -48,6 +49,7 @@ from moekit.algebra.grids import (
     round_to_nearest,
 )
 from moekit.algebra.moments import second_moments, weighted_error
+from moekit.algebra.neurons import NeuronMap, assign_neurons, merge_neurons
 from moekit.algebra.planes import Planes, nested
 from moekit.algebra.rank import best, share_to_count
 
@@ -58,6 +60,7 @@ __all__ = [
     "GptqReport",
     "Grid",
     "LowRank",
+    "NeuronMap",
     "Planes",
     "Rounded",
     "SharedColumns",
@@ -68,6 +71,7 @@ __all__ = [
     "align",
     "alignment",
     "allocate",
+    "assign_neurons",
     "assign_to_leaders",
     "best",
     "cosine_of_gram",
@@ -77,6 +81,7 @@ __all__ = [
     "low_rank",
     "low_rank_parameters",
     "mean_cosine",
+    "merge_neurons",
     "nested",
     "objective_curve",
     "pooled_counts",
