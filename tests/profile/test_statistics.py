@@ -203,6 +203,15 @@ def test_samples_and_traces_keep_rows(scene):
     np.testing.assert_array_equal(observe("trace_weight", scene)[:3], seen.routing.weight[:3].numpy())
 
 
+def test_samples_of_half_precision_are_kept_in_float32(scene):
+    seen = scene[0]
+    seen.x_TH, seen.routing = seen.x_TH.bfloat16(), seen.routing.with_weight(seen.routing.weight.bfloat16())
+    for name, tensor in (("hidden", seen.x_TH), ("sample_weight", seen.routing.weight)):
+        found = observe(name, scene)
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, tensor[[8, 3]].float().numpy())
+
+
 def test_what_a_model_cannot_give_stays_out(scene):
     seen, cells, _ = scene
     seen.routing = Routing(seen.routing.expert, seen.routing.weight, None)

@@ -181,7 +181,7 @@ class Sampled:
         position, place = view.sampled
         if not len(position) or (figure := self._figure(view)) is None:
             return
-        seen = figure[position] if isinstance(figure, np.ndarray) else figure[torch.from_numpy(position)].cpu().numpy()
+        seen = figure[position] if isinstance(figure, np.ndarray) else _array(figure[torch.from_numpy(position)])
         kept = np.zeros((0, *seen.shape[1:]), dtype=self._kind) if self._kept is None else self._kept
         if (needed := int(place.max()) + 1) > len(kept):
             more = np.zeros((max(needed - len(kept), len(kept) // 4), *kept.shape[1:]), dtype=self._kind)
@@ -192,6 +192,11 @@ class Sampled:
     def result(self) -> np.ndarray | None:
         kept, self._kept = self._kept, None  # not twice in memory: samples are wide
         return None if kept is None or self._room.sample is None else kept[self._room.sample.order]
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """NumPy has no bfloat16."""
+    return (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
 
 
 def _among_real(cell: Tensor, position: object) -> Tensor:
