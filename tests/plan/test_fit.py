@@ -16,8 +16,8 @@ from moekit.errors import BudgetError, OptionError, PlanError, ProfileError
 from moekit.plan import LayerPlan, LiveLoss, Plan, StoredExpert, fit, split_held_out
 from moekit.plan.candidates import BELIEFS
 from moekit.plan.cost import PRECISIONS, WHOLE, expected_error, layer_cost, rounding_errors
-from moekit.plan.fit import Effort
 from moekit.plan.produce import produce
+from moekit.plan.search import STREAMED, Effort, usual_effort
 from moekit.plan.sizes import plan_nbytes, source_nbytes
 from moekit.plan.target import make_target
 from moekit.profile import profile
@@ -152,6 +152,28 @@ def test_a_format_that_cannot_say_everything_gets_what_it_can(format, source, se
     bits = {expert.bits for layer in found.plan.layers.values() for expert in layer.experts}
     assert bits == ({16} if format == "stock" else bits & {4, 8})
     assert len({len(layer.experts) for layer in found.plan.layers.values()}) == 1
+    sizes, losses = zip(*found.curve, strict=True)
+    assert list(sizes) == sorted(set(sizes))
+    assert list(losses) == sorted(set(losses), reverse=True)
+    assert min(sizes) <= found.nbytes <= max(sizes)
+    best = min(loss for size, loss in found.curve if size <= found.budget.nbytes)
+    assert found.predicted == pytest.approx(best)
+
+
+def test_the_curve_of_a_restricted_format_is_of_real_files(source, seen) -> None:
+    """Every point of the stock curve is the size of the plan that keeps so many experts per layer."""
+    found = fit(source, seen, size=2 * source_nbytes(source), format="stock", weights=False)
+    exact = [plan_nbytes(plan_of(source, LayerPlan.keep(range(n), 8)), source, "stock") for n in range(2, 9)]
+    assert [size for size, _ in found.curve] == pytest.approx(exact, abs=16)
+    assert found.plan.untouched
+
+
+def test_a_restricted_format_measures_and_names_its_smallest(source, seen, loss) -> None:
+    found = fit(source, seen, ratio=0.6, format="compressed-tensors", evaluate=loss)
+    assert found.measured == min(one.measured for one in found.candidates)
+    assert {"4", "8"} & {word for one in found.candidates for word in one.name.split()}
+    with pytest.raises(BudgetError, match=r"at 16 bits"):
+        fit(source, seen, size=20_000, format="stock", weights=False)
 
 
 def test_memory_counts_the_cache(source, seen) -> None:
@@ -236,6 +258,47 @@ def test_effort_bounds_what_is_measured(source, seen) -> None:
     assert len(asked) <= 2 + len(BELIEFS) + 2 + 2 + 2
     assert any(plan.layers == light.plan.layers for plan in asked[2:])
     assert light.measured == min(one.measured for one in light.candidates)
+
+
+def test_where_each_measurement_reads_the_disk_few_are_made(source, seen, loss) -> None:
+    class Slow:
+        reads_disk = True
+        asked = 0
+
+        def __call__(self, plan: Plan) -> float:
+            Slow.asked += 1
+            return loss(plan)
+
+    rival = plan_of(source, LayerPlan.keep(range(2), 8).with_bits(2))
+    few = replace(STREAMED, finalists=2)
+    found = fit(source, seen, ratio=0.5, evaluate=Slow(), rivals={"two at two bits": rival}, effort=few)
+    measured = [one for one in found.candidates if one.measured is not None]
+    assert len(measured) == 3 < len(found.candidates)
+    assert Slow.asked == len(measured) + 2 * STREAMED.segments
+    assert list(found.candidates[: len(measured)]) == sorted(measured, key=lambda one: one.measured)
+    assert found.measured == measured[0].measured
+    said = f"Measured: 3 of {len(found.candidates)} plans, those of least predicted loss: the model does not fit"
+    assert said in found.describe()
+    assert usual_effort(source, Slow()) == STREAMED
+    loss.restore()
+
+
+def test_how_far_predictions_can_be_trusted_is_said(source, seen, loss) -> None:
+    found = fit(source, seen, ratio=0.5, evaluate=loss)
+    ratios = [one.measured / one.predicted for one in found.candidates[1:] if one.predicted > 0]
+    assert found.spread == (min(ratios), max(ratios))
+    assert f"lost {min(ratios):.2g} to {max(ratios):.2g} times what was predicted" in found.describe()
+    assert fit(source, seen, ratio=0.5, weights=False).spread is None
+
+
+def test_progress_is_told_part_by_part(source, seen, loss) -> None:
+    told: list[tuple[str, int, int]] = []
+    fit(source, seen, ratio=0.5, evaluate=loss, progress=lambda *step: told.append(step))
+    parts = list(dict.fromkeys(what for what, _, _ in told))
+    assert parts == ["weighing layers", "trying rankings", "probing layers", "measuring plans"]
+    assert all(0 <= done <= total for _, done, total in told)
+    assert told[0] == ("weighing layers", 0, 2)
+    loss.restore()
 
 
 def test_a_plan_from_fit_says_how_it_was_made(source, seen, loss, tmp_path) -> None:

@@ -2,10 +2,10 @@
 
 The unit of loss is *disturbance*: the energy of the error a change puts into a layer's output, as a share of the
 energy of the residual stream behind it, per token. Dropping expert e disturbs by its weighted output energy and
-by about as much again from whatever serves its tokens instead; rounding it disturbs by its weighted output energy times
-the squared relative error of its rounded output. Disturbances of different experts and layers are taken to be
-independent, so they add; how many nats one unit costs in each layer is measured where the model can run
-(``calibrate``).
+by about as much again from whatever serves its tokens instead; rounding it disturbs by its share of the layer's energy
+(``rounding_share``) times the squared relative error of its rounded output. Disturbances of different experts and
+layers are taken to be independent, so they add; how many nats one unit costs in each layer is measured where the model
+can run (``calibrate``).
 Shapes by suffix: E experts, T tokens, H hidden size.
 """
 
@@ -69,8 +69,7 @@ def layer_cost(
 ) -> LayerCost:
     """The costs of one layer. ``weights`` False (headers only) takes the rounding error of normally distributed
     weights instead of the layer's own."""
-    energy_E = seen.total("output_energy")
-    share_E = energy_E / max(_stream_energy(seen, energy_E), 1e-30)
+    energy_E, share_E = seen.total("output_energy"), rounding_share(seen)
     if weights:
         tried = tried_experts(layer)
         found = rounding_errors(checkpoint.bank(layer.name, experts=tried), precisions, _inputs(seen))
@@ -80,7 +79,7 @@ def layer_cost(
         error = {p: np.full(layer.num_experts, expected_error(*p)) for p in precisions}
     return LayerCost(
         site=Site(layer.name, layer.num_experts, layer.top_k, layer.groups),
-        drop=REROUTED * share_E,
+        drop=REROUTED * energy_E / _stream_energy(seen, energy_E),
         noise={p: share_E * error[p] for p in precisions},
         nbytes=expert_nbytes(checkpoint, layer, precisions),
         row_nbytes=row_nbytes(checkpoint, layer),
@@ -88,6 +87,19 @@ def layer_cost(
         usage=seen.total("counts"),
         similarity=cosine_of_gram(seen.logit_gram) if "logit_gram" in seen.arrays else None,
     )
+
+
+def rounding_share(seen: LayerProfile) -> np.ndarray:
+    """What each expert's rounding counts [E]: the share of the stream's energy that the layer's experts add, dealt
+    to them by the sums of their weighted output norms.
+
+    By the squares of the norms, the experts of a few tokens of huge norm would look like all that counts, but there the
+    stream is as huge, and a relative error lost in it. On the embedded model, a quarter of the experts by energy then
+    cost six times the nats per unit of the last quarter; by norms, twice.
+    """
+    energy_E = seen.total("output_energy")
+    weigh_E = seen.total("gate_norm") if "gate_norm" in seen.arrays else energy_E
+    return float(energy_E.sum()) / _stream_energy(seen, energy_E) * weigh_E / max(float(weigh_E.sum()), 1e-30)
 
 
 def stored_cost(checkpoint: Checkpoint, layer: MoELayer, cost: LayerCost) -> LayerCost:
@@ -175,7 +187,7 @@ def _stream_energy(seen: LayerProfile, energy_E: np.ndarray) -> float:
     """Summed energy of the residual stream behind the layer: what came in, where the profile has it, and what the
     experts add (in early layers often the larger part)."""
     came = float(seen.total("residual_energy")) if "residual_energy" in seen.arrays else 0.0
-    return came + float(energy_E.sum())
+    return max(came + float(energy_E.sum()), 1e-30)
 
 
 def _inputs(seen: LayerProfile) -> torch.Tensor | None:

@@ -19,13 +19,26 @@ def explain(fit: FitResult) -> str:
         f"Budget: {fit.budget.asked}: {gigabytes(fit.budget.nbytes)} of weights; the source has "
         f"{gigabytes(fit.source_nbytes)}, the result {gigabytes(fit.nbytes)} ({fit.nbytes / fit.source_nbytes:.1%}).",
         *levers(fit),
+        *measuring(fit),
         f"Loss: {_loss(fit.predicted, fit.measured)}.",
     ]
+    if fit.measured is not None and fit.spread is not None:
+        low, high = fit.spread
+        lines.append(f"Predictions: the other measured plans lost {low:.2g} to {high:.2g} times what was predicted.")
     others = fit.candidates[1 : LISTED + 1]
     if others:
         lines.append("Next best at no more bytes:")
         lines += [f"  {one.name}: {_loss(one.predicted, one.measured)}" for one in others]
     return "\n".join(lines)
+
+
+def measuring(fit: FitResult) -> list[str]:
+    """How many of the plans were measured, where it was not all of them, and why."""
+    measured = sum(one.measured is not None for one in fit.candidates)
+    if measured in (0, len(fit.candidates)):
+        return []
+    why = ": the model does not fit in memory, and each measurement reads all of it from disk" if fit.reads_disk else ""
+    return [f"Measured: {measured} of {len(fit.candidates)} plans, those of least predicted loss{why}."]
 
 
 def levers(fit: FitResult) -> tuple[str, ...]:
@@ -39,8 +52,8 @@ def levers(fit: FitResult) -> tuple[str, ...]:
     lines = [f"Chosen: {fit.candidates[0].name}, of {len(fit.candidates)} plans that fit."]
     if len(stored) < total and not merged:
         lines.append(
-            f"Experts: {len(stored)} of {total} kept, {min(counts)} to {max(counts)} per layer; the others add least "
-            "to the output per byte they take."
+            f"Experts: {len(stored)} of {total} kept, {_range(counts)} per layer; the others add least to the output "
+            "per byte they take."
         )
     elif merged:
         lines.append(f"Experts: {total} stored as {len(stored)}, {merged} of them merged from several.")
@@ -50,8 +63,14 @@ def levers(fit: FitResult) -> tuple[str, ...]:
         f"{n} at {bits} bits" + (f" in groups of {group}" if bits != 16 else "")
         for (bits, group), n in sorted(widths.items(), key=lambda item: (-item[0][0], item[0][1]))
     )
-    lines.append(f"Precision: {parts}; more bits where the weighted output error per byte is largest.")
+    where = "; more bits where the weighted output error per byte is largest" if len(widths) > 1 else " throughout"
+    lines.append(f"Precision: {parts}{where}.")
     return tuple(lines)
+
+
+def _range(counts: list[int]) -> str:
+    least, most = min(counts), max(counts)
+    return f"{least}" if least == most else f"{least} to {most}"
 
 
 def _loss(predicted: float, measured: float | None) -> str:

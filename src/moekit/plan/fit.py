@@ -7,51 +7,30 @@ then measured on calibration tokens, and the least measured loss wins.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from moekit.errors import BudgetError, PlanError
 from moekit.plan.budget import Budget, Size, budget_of
-from moekit.plan.calibrate import best_ranking, calibrated, rescaled, typical_weights
-from moekit.plan.candidates import Candidate, distinct, rival, rows_kept, single_methods, solved
-from moekit.plan.cost import PRECISIONS, WHOLE, LayerCost, Precision, layer_cost, stored_cost
+from moekit.plan.candidates import Candidate
+from moekit.plan.cost import PRECISIONS, Precision, layer_cost
 from moekit.plan.document import Plan
 from moekit.plan.explain import explain, levers
 from moekit.plan.planner import Evaluate
-from moekit.plan.sizes import fixed_nbytes, plan_nbytes, source_nbytes
-from moekit.plan.solve import Weights, smallest, solve
+from moekit.plan.search import Effort, Progress, Search, usual_effort
+from moekit.plan.sizes import plan_nbytes
+from moekit.plan.uniform import ONLY
 
 if TYPE_CHECKING:
     from moekit.checkpoint import Checkpoint
     from moekit.profile import Profile
 
-ANYTHING = ("auto", "moekit")
-"""Formats that can express every plan; the others are left with single methods."""
-LARGE = 1_000_000_000
-"""Expert weights above which every measurement takes minutes."""
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How much is measured: runs of layers probed (twice each), whether rankings are tried, how many single methods
-    (those of least predicted loss), and how often the solver runs again believing what was measured."""
-
-    segments: int
-    rankings: bool
-    singles: int
-    rounds: int
-
-
-FULL, LIGHT = Effort(8, True, 10, 2), Effort(2, False, 3, 1)
-Progress = Callable[[str, int, int], None]
-
 
 @dataclass(frozen=True)
 class FitResult:
     """``predicted`` and ``measured`` in nats per token (``measured`` None where nothing ran); ``nbytes`` of the
-    output's weight files, exactly; ``curve`` (bytes, predicted loss) over all budgets; ``candidates`` best first."""
+    output's weight files, exactly; ``curve`` (bytes, predicted loss) over all budgets; ``candidates`` best first, those
+    measured before those only predicted; ``reads_disk`` if each measurement was a pass over the weights on disk."""
 
     plan: Plan
     nbytes: int
@@ -61,6 +40,15 @@ class FitResult:
     measured: float | None
     curve: tuple[tuple[int, float], ...]
     candidates: tuple[Candidate, ...]
+    reads_disk: bool = False
+
+    @property
+    def spread(self) -> tuple[float, float] | None:
+        """How many times its prediction the loss of the other measured plans was, at least and at most: how far the
+        prediction can be trusted. None where fewer than two tell."""
+        others = [one for one in self.candidates[1:] if one.measured and one.predicted > 0]
+        ratios = [(one.measured or 0.0) / one.predicted for one in others]
+        return (min(ratios), max(ratios)) if len(ratios) > 1 else None
 
     @property
     def levers(self) -> tuple[str, ...]:
@@ -97,10 +85,10 @@ def fit(
         precisions: (bits, group size) pairs an expert may have.
         weights: False reads headers only, and takes the rounding error of normally distributed weights.
         rivals: plans of other methods to compare with, by name; those over the budget are left out.
-        format: the output format; one that cannot say everything ("stock", "compressed-tensors") leaves only the plans
-            that it can.
-        effort: how much to measure; None for ``FULL``, or ``LIGHT`` above ``LARGE`` expert weights.
-        progress: told (what, done, total).
+        format: the output format; one that cannot say everything ("stock", "compressed-tensors") leaves one number of
+            experts for all layers, at one precision.
+        effort: how much to measure; None for ``FULL``, or ``LIGHT`` above ``LARGE`` expert weights, or ``STREAMED``.
+        progress: told (what, done, total); of each part when it begins, and after each step of it.
 
     Raises:
         BudgetError: no plan is small enough; names the smallest possible. ProfileError: the profile is of another model
@@ -112,10 +100,12 @@ def fit(
     tell = progress or (lambda what, done, total: None)
     layers = [layer for layer in source.moe_layers if not layer.extra]
     costs = []
+    precisions = (*precisions, *(p for p in ONLY.get(format, ()) if p not in precisions))
+    tell("weighing layers", 0, len(layers))
     for index, layer in enumerate(layers):
         costs.append(layer_cost(source, layer, profile.layers[layer.name], precisions, weights=weights))
         tell("weighing layers", index + 1, len(layers))
-    search = _Search(source, costs, budget, evaluate, format, effort or _effort(source), tell)
+    search = Search(source, costs, budget, evaluate, format, effort or usual_effort(source, evaluate), tell)
     best, ranked, curve = search.run(rivals or {})
     plan = replace(best.plan, profile=profile.fingerprint)
     return FitResult(
@@ -127,114 +117,5 @@ def fit(
         measured=best.measured,
         curve=curve,
         candidates=tuple(ranked),
+        reads_disk=getattr(evaluate, "reads_disk", False),
     )
-
-
-def _effort(source: Checkpoint) -> Effort:
-    weights = sum(layer.num_experts * 3 * layer.hidden_size * layer.intermediate_size for layer in source.moe_layers)
-    return LIGHT if weights > LARGE else FULL
-
-
-class _Search:
-    """One search; holds what its steps share. ``room`` is the budget of experts and router rows, ``rest`` of all else,
-    headers of the files included."""
-
-    def __init__(
-        self,
-        source: Checkpoint,
-        costs: Sequence[LayerCost],
-        budget: Budget,
-        evaluate: Evaluate | None,
-        format: str,
-        effort: Effort,
-        tell: Progress,
-    ) -> None:
-        self.source, self.costs, self.budget = source, costs, budget
-        self.evaluate, self.format, self.effort, self.tell = evaluate, format, effort, tell
-        self.source_nbytes = source_nbytes(source)
-        self.rest = fixed_nbytes(source)
-        self.room = budget.nbytes - self.rest
-
-    def run(self, rivals: Mapping[str, Plan]) -> tuple[Candidate, list[Candidate], tuple[tuple[int, float], ...]]:
-        key, quantised = self.source.fingerprint, bool(self.source.scheme.config)
-        if self.room < smallest(self.costs) and not quantised:
-            self._too_small()
-        rankings = best_ranking(self.costs, key, self.evaluate if self.effort.rankings else None)
-        weights = typical_weights(self.costs)
-        if self.evaluate is not None:
-            weights = calibrated(self.costs, key, rankings[0], self.evaluate, self.effort.segments)
-        solvable = self.format in ANYTHING and self._leave_room_for_headers(weights, rankings[0])
-        singles = (
-            one for one in single_methods(self.costs, weights, rankings[:3], self.room, key) if self._fits(one.plan)
-        )
-        found = list(solved(self.costs, weights, rankings[:2], self.room, key)) if solvable else []
-        found += sorted(singles, key=lambda one: one.predicted)[: self.effort.singles]
-        found += self._as_stored(weights, rankings) if quantised else []
-        found += [rival(name, plan) for name, plan in rivals.items() if self._fits(plan)]
-        ranked = self._measured(distinct(found))
-        if not ranked:
-            self._too_small()
-        if self.evaluate is not None:
-            ranked = self._refined(ranked, weights, rankings, self.effort.rounds if solvable else 0)
-        whole = solve(self.costs, weights, rankings[0], self.room) if solvable else None
-        return ranked[0], ranked, tuple((n + self.rest, loss) for n, loss in whole.curve) if whole else ()
-
-    def _refined(
-        self, ranked: list[Candidate], weights: Weights, rankings: Sequence[str], rounds: int
-    ) -> list[Candidate]:
-        """The solver again, believing what was measured; then the best plan that drops experts with their rows kept."""
-        for _ in range(rounds):
-            believed = rescaled(weights, ranked)
-            again = solved(self.costs, weights, rankings[:1], self.room, self.source.fingerprint, believed)
-            ranked = self._measured(distinct([*ranked, *islice(again, 1)]))
-        dropping = next((one for one in ranked if one.drop > 0), ranked[0])
-        return self._measured([*ranked, *rows_kept(dropping, self.costs, self.source.bank)])
-
-    def _as_stored(self, weights: Weights, rankings: Sequence[str]) -> list[Candidate]:
-        """A source stored quantised keeps that layout, and its sizes, as long as experts are only dropped."""
-        layers = {layer.name: layer for layer in self.source.moe_layers}
-        costs = [stored_cost(self.source, layers[cost.site.name], cost) for cost in self.costs]
-        whole = sum(c.site.num_experts * (c.nbytes[WHOLE] + c.row_nbytes) for c in costs)
-        room = self.budget.nbytes - self.source_nbytes + whole
-        return list(single_methods(costs, weights, rankings[:3], room, self.source.fingerprint))
-
-    def _measured(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """Best first; by prediction where nothing can be measured."""
-        judged = []
-        for index, one in enumerate(candidates):
-            if one.measured is None and not self._fits(one.plan):
-                continue
-            if one.measured is None and self.evaluate is not None:
-                one = replace(one, measured=self.evaluate(one.plan))
-            judged.append(one)
-            self.tell("measuring plans", index + 1, len(candidates))
-        return sorted(judged, key=lambda one: one.loss)
-
-    def _fits(self, plan: Plan) -> bool:
-        """Whether the output is small enough; False too where the format cannot express the plan."""
-        try:
-            return plan_nbytes(plan, self.source, self.format) <= self.budget.nbytes
-        except PlanError:
-            return False
-
-    def _leave_room_for_headers(self, weights: Weights, ranking: str) -> bool:
-        """Headers are only estimated so far: a first solution tells what they, and all else, really take. False where
-        nothing fits once that is known."""
-        for _ in range(8):
-            found = next(solved(self.costs, weights, [ranking], self.room, self.source.fingerprint), None)
-            if found is None:
-                return False
-            exact = plan_nbytes(found.plan, self.source, self.format)
-            self.rest = exact - found.nbytes
-            if exact <= self.budget.nbytes:
-                return True
-            self.room -= exact - self.budget.nbytes
-        return False
-
-    def _too_small(self) -> NoReturn:
-        least = self.rest + smallest(self.costs)
-        bits = min(precision[0] for precision in self.costs[0].nbytes)
-        raise BudgetError(
-            f"no plan fits {self.budget.asked} ({self.budget.nbytes:,} bytes of weights): the smallest possible is "
-            f"about {least:,} bytes, with the fewest experts the router allows at {bits} bits"
-        )
