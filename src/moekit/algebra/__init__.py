@@ -5,11 +5,13 @@
 | `align` | order hidden units alike, one to one (Hungarian) |
 | `allocate` | least loss under a byte budget, exactly, with the whole curve |
 | `basis` | low rank alone, or with an output or an input basis shared by several matrices; whitening |
+| `bits` | one width per expert under a budget of bits, exactly, with demands |
 | `cluster` | similarities of experts; joining each to a leader, k-means on outputs, spectral, pooled budgets |
 | `gptq` | rounding with error feedback, any grid, all experts of a layer |
 | `grids` | asymmetric, symmetric, binary and ternary grids; rounding to nearest |
 | `moments` | second moments of inputs, token weights, damped inverse factors |
 | `neurons` | handing single neurons of dropped experts to the most similar kept ones; merging their pools |
+| `outliers` | experts that make massive activations; scales that smooth outlier channels |
 | `planes` | a low-bit base and sign planes on top, one bit each |
 | `rank` | the best of a layer's experts by a score |
 """
@@ -27,6 +29,7 @@ from moekit.algebra.basis import (
     shared_rows,
     shared_rows_parameters,
 )
+from moekit.algebra.bits import allocate_bits
 from moekit.algebra.cluster import (
     Clustering,
     assign_to_leaders,
@@ -50,6 +53,7 @@ from moekit.algebra.grids import (
 )
 from moekit.algebra.moments import second_moments, weighted_error
 from moekit.algebra.neurons import NeuronMap, assign_neurons, merge_neurons
+from moekit.algebra.outliers import channel_peaks, outlier_scales, smoothing_scales, super_experts
 from moekit.algebra.planes import Planes, nested
 from moekit.algebra.rank import best, share_to_count
 
@@ -71,9 +75,11 @@ __all__ = [
     "align",
     "alignment",
     "allocate",
+    "allocate_bits",
     "assign_neurons",
     "assign_to_leaders",
     "best",
+    "channel_peaks",
     "cosine_of_gram",
     "frontiers",
     "gptq",
@@ -84,6 +90,7 @@ __all__ = [
     "merge_neurons",
     "nested",
     "objective_curve",
+    "outlier_scales",
     "pooled_counts",
     "round_to_nearest",
     "second_moments",
@@ -92,7 +99,9 @@ __all__ = [
     "shared_columns_parameters",
     "shared_rows",
     "shared_rows_parameters",
+    "smoothing_scales",
     "spectral",
+    "super_experts",
     "token_grams",
     "weighted_error",
 ]

@@ -56,7 +56,7 @@ class SharedColumns:
         return self.basis @ self.blocks
 
     def mean(self, share_N: Tensor) -> Tensor:
-        """The one matrix [R, C] whose block is the weighted mean of the blocks (Sub-MoE's merge, equation 6).
+        """The one matrix [R, C] whose block is the weighted mean of the blocks (Sub-MoE's merge: W = U S V_m^T).
 
         At full rank this is the weighted mean of the matrices, by linearity. Weights that sum to zero count equally.
         """

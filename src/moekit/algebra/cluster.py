@@ -50,7 +50,7 @@ def token_grams(output_ETH: np.ndarray) -> np.ndarray:
 
 
 def mean_cosine(gram_TEE: np.ndarray) -> np.ndarray:
-    """Similarity [E, E] of experts: the cosine of their outputs, averaged over tokens (Sub-MoE, equation 3)."""
+    """Similarity [E, E] of experts: the cosine of their outputs, averaged over tokens (Sub-MoE, 2025)."""
     return np.mean([cosine_of_gram(gram_EE) for gram_EE in gram_TEE], axis=0)
 
 
@@ -58,7 +58,7 @@ def kmeans(gram_TEE: np.ndarray, count: int, *, seed: int = 0, restarts: int = 4
     """Group experts by their outputs on the same tokens into exactly ``count`` clusters, none of them empty.
 
     The outputs enter as inner products [T, E, E] (:func:`token_grams`; [E, E] is one token): every centroid is a mean
-    of outputs, so its cosines and distances follow from these. Sub-MoE's rules (section 3.2): k-means++ start with
+    of outputs, so its cosines and distances follow from these. Sub-MoE's rules: k-means++ start with
     1 - similarity as squared distance; an expert joins the centroid of highest mean cosine over tokens, ties to the
     lower cluster; the centroid is the plain mean. The two rules do not share an objective, so rounds are capped, and
     the grouping of least objective ever seen over ``restarts`` starts is returned. A cluster left empty takes the

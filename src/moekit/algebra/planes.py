@@ -1,6 +1,6 @@
 """Nested bit planes: one base of few bits and planes of signs on top, each adding one bit (matryoshka quantisation).
 
-W_0 = base(W), W_k = W_(k-1) + s_k sign(W - W_(k-1)), one s_k per group (D2MoE, equations 2-5; the sign is never 0).
+W_0 = base(W), W_k = W_(k-1) + s_k sign(W - W_(k-1)), one s_k per group (D2MoE, 2025; the sign is never 0).
 A weight of b + k bits is the base and its first k planes, so an expert stored once serves every width.
 Shapes by suffix: E experts, R output rows, C input columns, G groups of a row.
 """
