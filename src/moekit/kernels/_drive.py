@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..bank import Activation
 from ._plan import Plan
+from .fused import Fused
 
 FEW_ROWS = 12
 """Rows of an expert below which it shares the row-wise work with its neighbours."""
@@ -48,6 +49,8 @@ class Products(Protocol):
 
 def forward(products: Products, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """[T, H] in the dtype of ``x_TH``; sums are kept in the products' dtype, in a fixed order."""
+    if (fused := _fused(products, x_TH)) is not None:
+        return fused.forward(x_TH, index_TK, weight_TK)
     plan = Plan.of(index_TK, products.num_experts)
     x = x_TH.to(products.dtype(x_TH))
     if plan.pair.numel() * x.shape[1] <= SMALL:
@@ -63,9 +66,16 @@ def forward(products: Products, x_TH: Tensor, index_TK: Tensor, weight_TK: Tenso
 
 def slots(products: Products, x_TH: Tensor, index_TK: Tensor) -> Tensor:
     """Unweighted outputs [T, K, H] in the dtype of ``x_TH``; zero where a slot holds no expert."""
+    if (fused := _fused(products, x_TH)) is not None:
+        return fused.slots(x_TH, index_TK)
     plan = Plan.of(index_TK, products.num_experts)
     x = x_TH.to(products.dtype(x_TH))
     return plan.scatter(_all_rows(products, x, plan).to(x_TH.dtype), *index_TK.shape)
+
+
+def _fused(products: Products, x_TH: Tensor) -> Fused | None:
+    """The compiled form of the products, where there is one for these inputs."""
+    return None if x_TH.dtype == torch.float64 else getattr(products, "fused", None)
 
 
 def _all_rows(products: Products, x_TH: Tensor, plan: Plan) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import fused
 from ._layer import Layer
 from ._tiles import Tiles
 
@@ -21,6 +22,7 @@ class PlainProducts:
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
         self.num_experts, self.activation, self.finish = layer.num_experts, layer.activation, layer.finish
+        self.fused = fused.of_layer(layer)
         self._tiles = Tiles(layer.down)
 
     def dtype(self, x_TH: Tensor) -> torch.dtype:

@@ -1,0 +1,122 @@
+"""Fused kernels, compiled by Numba, against the oracle: every kind of weights, every number of rows, any routing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from expert_modules import Flags, batch, make
+
+from moekit.contract import PAD
+from moekit.kernels import fused
+from moekit.kernels._layer import Layer
+from moekit.kernels.plain import PlainProducts
+from moekit.kernels.reference import reference, reference_slots
+
+pytestmark = pytest.mark.skipif(fused.lacking() is not None, reason=str(fused.lacking()))
+
+SIZES = {"experts": 5, "hidden": 96, "inner": 64}
+BOUND = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+FLAGS = [Flags(), Flags(bias=True), Flags(gated=False, bias=True), Flags(norm=True), Flags(limit=0.3)]
+
+
+def weighted(module, x, index, weights):
+    layer = Layer.of_module(module.double())
+    return reference(layer, x.double(), index, weights.double())
+
+
+def close(got, expected, bound):
+    assert (got.double() - expected).norm() <= bound * expected.norm() + 1e-12
+
+
+@pytest.mark.parametrize("dtype", list(BOUND))
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 2, 7, 150])
+def test_plain_weights(flags, dtype, tokens):
+    """Up to 90 rows for an expert: with and without turning its weights into panels first."""
+    module = make(flags, dtype, **SIZES)
+    arguments = batch(tokens, 5, 3, 96, dtype)
+    assert PlainProducts(Layer.of_module(module)).fused is not None
+    with torch.no_grad():
+        got = module(*arguments)
+    assert got.dtype == dtype
+    close(got, weighted(module, *arguments), BOUND[dtype])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("rows", range(1, 26))
+def test_every_number_of_rows(rows, threads):
+    """One expert alone gets 1 to 25 rows; threads do not change a bit."""
+    module, before = make(Flags(bias=True), **SIZES), torch.get_num_threads()
+    x, _, weights = batch(rows, 5, 1, 96)
+    index = torch.full((rows, 1), 3)
+    products = fused.of_layer(Layer.of_module(module))
+    torch.set_num_threads(threads)
+    try:
+        got = products.forward(x, index, weights)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(got, products.forward(x, index, weights))
+    close(got, weighted(module, x, index, weights).detach(), 2e-6)
+
+
+def test_more_pairs_than_a_window(monkeypatch):
+    """Segments are cut where a window ends, and by rows within it; sums over windows add up."""
+    monkeypatch.setattr(fused, "WINDOW", 70)
+    module, arguments = make(Flags(bias=True), **SIZES), batch(120, 5, 4, 96)
+    products = fused.of_layer(Layer.of_module(module))
+    close(products.forward(*arguments), weighted(module, *arguments).detach(), 2e-6)
+
+
+def test_one_expert_takes_all():
+    module, (x, _, weights) = make(**SIZES), batch(700, 5, 1, 96)
+    index = torch.full((700, 1), 4)
+    products = fused.of_layer(Layer.of_module(module))
+    close(products.forward(x, index, weights), weighted(module, x, index, weights).detach(), 2e-6)
+
+
+@pytest.mark.parametrize("absent", [PAD, 5, 99])
+def test_slots_without_an_expert(absent):
+    module, (x, index, weights) = make(**SIZES), batch(9, 5, 3, 96)
+    index[::2, 1] = absent
+    layer = Layer.of_module(module)
+    products = fused.of_layer(layer)
+    slots = products.slots(x, index)
+    assert not slots[::2, 1].any()
+    torch.testing.assert_close(slots, reference_slots(layer, x, index).detach(), rtol=1e-4, atol=1e-5)
+    assert not products.forward(x, torch.full_like(index, absent), weights).any()
+    none = products.forward(x[:, :], index[:, :0], weights[:, :0])
+    assert none.shape == x.shape
+    assert not none.any()
+
+
+def test_large_and_undefined_activations():
+    """silu is computed by a series: it must saturate as the true one does, and pass NaN on."""
+    module = make(**SIZES)
+    x, index, weights = batch(4, 5, 2, 96)
+    x[0] *= 1e4
+    x[1] *= -1e4
+    x[2, 0] = torch.nan
+    got = fused.of_layer(Layer.of_module(module)).forward(x, index, weights)
+    expected = weighted(module, x, index, weights).detach()
+    for row in (0, 1, 3):
+        close(got[row], expected[row], 2e-6)
+    assert got[2].isnan().all()
+
+
+def test_what_is_not_compiled_for_says_why(monkeypatch):
+    layers = {
+        "only multiples of 32": make(hidden=40, inner=64),
+        "no compiled kernel for float64": make(dtype=torch.float64, **SIZES),
+        "transposed": make(Flags(transposed=True), **SIZES),
+        "on meta": make(**SIZES).to("meta"),
+    }
+    for reason, module in layers.items():
+        layer = Layer.of_module(module)
+        assert reason in fused.unfit(layer)
+        assert fused.of_layer(layer) is None
+    module, arguments = make(**SIZES), batch(5, 5, 3, 96)
+    with torch.no_grad():
+        compiled = module(*arguments)
+        monkeypatch.setattr(fused, "lacking", lambda: "Numba is not installed")
+        assert fused.unfit(Layer.of_module(module)) == "Numba is not installed"
+        torch.testing.assert_close(module(*arguments), compiled, rtol=1e-5, atol=1e-5)
