@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ from moekit.errors import PlanError
 from moekit.formats import DenseBank, PackedBank
 from moekit.kernels.rewrites import TopSlots
 from moekit.measure import compare
-from moekit.plan import LayerPlan, LiveLoss, Plan, StoredExpert, apply, values, verify
+from moekit.plan import LayerPlan, LayerPlanner, LiveLoss, Plan, Site, StoredExpert, apply, make_plan, values, verify
 from moekit.plan.recombine import recombined
 from moekit.stream import LoadedModel
 
@@ -301,3 +303,40 @@ def test_a_rewrite_is_measured_live_as_it_will_run(tmp_path: Path) -> None:
     batches = [{"input_ids": torch.from_numpy(row.copy())[None]} for row in rows]
     both = [LoadedModel.load(c, dtype=torch.float32) for c in (checkpoint, Checkpoint.open(tmp_path / "out"))]
     assert measured == pytest.approx(compare(*both, batches).kl.mean, rel=1e-3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doubling(LayerPlanner):
+    """Every expert twice as large; fails at a layer, as an interrupted run would."""
+
+    fail: str = ""
+    calls: ClassVar[list[str]] = []
+
+    @property
+    def spec(self) -> str:
+        return "doubling"
+
+    def plan_layer(self, layer: object, bank: Callable[[], DenseBank], site: Site) -> LayerPlan:
+        self.calls.append(site.name)
+        if site.name == self.fail:
+            raise RuntimeError("the lights went out")
+        dense = bank()
+        made = values.keep(replace(dense, down=dense.down * 2))
+        return LayerPlan.identity(site.num_experts).valued(made)
+
+
+def test_interrupted_planning_goes_on_where_it_was(tmp_path: Path) -> None:
+    checkpoint = source(tmp_path)
+    names = [layer.name for layer in checkpoint.moe_layers]
+    undisturbed = make_plan([Doubling()], checkpoint)
+    with values.spooling(tmp_path / "spool"):
+        with pytest.raises(RuntimeError, match="lights"):
+            make_plan([Doubling(fail=names[-1])], checkpoint)
+        Doubling.calls.clear()
+        resumed = make_plan([Doubling()], checkpoint)
+        assert Doubling.calls == names[-1:]
+        assert resumed == undisturbed
+        assert resumed.fingerprint == undisturbed.fingerprint
+        after_another = make_plan([Doubling(), Doubling()], checkpoint)  # follows from another source: made anew
+    assert after_another != undisturbed
+    assert len(Doubling.calls) == 1 + len(names)

@@ -134,7 +134,8 @@ class Plan:
             raise PlanError(f"{path} has plan version {found.get('version')}; this moekit reads version {VERSION}")
         check_keys(found, KEYS, ("source", "layers"), str(path))
         plan = cls._from_json(found, _read_orders(path, found.get("orders")))
-        return replace(plan, layers={name: _with_file(layer, path) for name, layer in plan.layers.items()})
+        folder = values.folder_of(path)
+        return replace(plan, layers={name: located(layer, folder) for name, layer in plan.layers.items()})
 
     @classmethod
     def _from_json(cls, found: Mapping[str, Any], orders: Mapping[str, np.ndarray]) -> Plan:
@@ -170,8 +171,8 @@ class Plan:
         return found | {"layers": {name: layer_to_json(layer) for name, layer in self.layers.items()}}
 
 
-def _with_file(layer: LayerPlan, plan: Path) -> LayerPlan:
-    folder = values.folder_of(plan)
+def located(layer: LayerPlan, folder: Path) -> LayerPlan:
+    """The same layer with the files of its computed values, as far as ``folder`` holds them."""
     found = [None if one is None else values.find(one, folder) for one in (layer.values, layer.rewrite)]
     return replace(layer, values=found[0], rewrite=found[1])
 

@@ -16,6 +16,7 @@ from moekit.errors import ProfileError
 from moekit.plan.check import check_layer
 from moekit.plan.document import LayerPlan, Plan
 from moekit.plan.recombine import recombined
+from moekit.plan.resume import resumed
 
 if TYPE_CHECKING:
     from moekit.formats import DenseBank
@@ -125,11 +126,14 @@ class LayerPlanner(Method):
 
     def plan(self, profile: Profile | None, source: Source, evaluate: Evaluate | None = None) -> Plan:
         seen = self.observed(profile, source)
+        done = source.done.fingerprint if isinstance(source, PlannedSource) else None
+        seen_in = profile.fingerprint if profile and self.needs else None
+        follows = [self.spec, source.fingerprint, done, seen_in]
         layers = {}
         for site in sites_of(source):
             if not site.extra:
-                bank = partial(source.bank, site.name)
-                layers[site.name] = self.plan_layer(cast("LayerProfile", seen.get(site.name)), bank, site)
+                bank, layer = partial(source.bank, site.name), cast("LayerProfile", seen.get(site.name))
+                layers[site.name] = resumed(site.name, follows, partial(self.plan_layer, layer, bank, site))
         return self.made(layers, profile, source)
 
 

@@ -144,6 +144,18 @@ class Spool:
         Path(partial).replace(path)
         return Values(json.dumps(describe, sort_keys=True), digest, edits, None, path)
 
+    def remember(self, key: str, text: str) -> None:
+        """Note what a finished piece of work was, under a name that says everything it follows from."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / f"{key}.partial"
+        partial.write_text(text)
+        partial.replace(self.folder / f"{key}.json")
+
+    def recall(self, key: str) -> str | None:
+        """What :meth:`remember` noted, in this run or one that was interrupted."""
+        path = self.folder / f"{key}.json"
+        return path.read_text() if path.is_file() else None
+
 
 _SPOOL: ContextVar[Spool | None] = ContextVar("moekit_spool", default=None)
 
@@ -157,6 +169,11 @@ def spooling(folder: str | os.PathLike[str]) -> Iterator[Spool]:
         yield spool
     finally:
         _SPOOL.reset(token)
+
+
+def spool() -> Spool | None:
+    """The folder of :func:`spooling`, if inside."""
+    return _SPOOL.get()
 
 
 def keep(bank: ExpertBank, edits: Mapping[str, Tensor] | None = None) -> Values:
