@@ -44,6 +44,8 @@ def seen(seed: int = 0, experts: int = 8) -> LayerProfile:
     sums = {name: draw.random(counts.shape) * counts for name in ("probability", "gate_norm", "contribution")}
     logits = draw.normal(size=(50, experts))
     arrays = sums | {"counts": counts, "logit_gram": logits.T @ logits}
+    arrays |= {name: draw.random(counts.shape) * counts for name in ("selected_probability", "strong_logit")}
+    arrays |= {"tokens": np.full((1, 2, 1), 25.0), "max_abs_down": draw.random(experts)}
     return LayerProfile("layer", 0, experts, 2, ("code", "prose"), arrays)
 
 
