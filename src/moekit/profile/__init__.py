@@ -1,9 +1,11 @@
 """Watching a model route: statistics by layer, expert, domain and phase, the file they are kept in, and the report."""
 
+from moekit.profile.degeneracy import Degeneracy
 from moekit.profile.document import LEAST_TOKENS, Profile
 from moekit.profile.layer import LayerProfile
 from moekit.profile.observe import profile
 from moekit.profile.schema import DEFAULT, FIELDS, PHASES
+from moekit.profile.self_sampling import self_sample, self_sampled_texts
 from moekit.profile.statistics import Statistic
 from moekit.profile.texts import read_texts
 
@@ -12,9 +14,12 @@ __all__ = [
     "FIELDS",
     "LEAST_TOKENS",
     "PHASES",
+    "Degeneracy",
     "LayerProfile",
     "Profile",
     "Statistic",
     "profile",
     "read_texts",
+    "self_sample",
+    "self_sampled_texts",
 ]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moekit.errors import TextError
+from moekit.profile.texts import Document
 
 MAX_HELD_OUT = 16384
 """Most tokens per domain that are kept aside for measuring."""
@@ -44,7 +45,7 @@ class Batch:
 
 
 def cut(
-    texts: Mapping[str, Sequence[str]],
+    texts: Mapping[str, Sequence[Document]],
     tokenizer: Any,
     *,
     length: int,
@@ -54,9 +55,10 @@ def cut(
 ) -> tuple[list[TokenSequence], dict[str, list[np.ndarray]]]:
     """(sequences to observe, token ids kept aside by domain).
 
-    Each document is tokenised by itself and cut every ``length`` tokens; the pieces of a domain are shuffled, a share
-    ``held_out`` of them is put aside, and the others are taken in turn until the domain's share of ``max_tokens``
-    (the last one shortened to fit). Raises TextError where a domain has too little text to observe.
+    Each document is tokenised by itself (token ids are taken as they are) and cut every ``length`` tokens; the pieces
+    of a domain are shuffled, a share ``held_out`` of them is put aside, and the others are taken in turn until the
+    domain's share of ``max_tokens`` (the last one shortened to fit). Raises TextError where a domain has too little
+    text to observe.
     """
     sequences: list[TokenSequence] = []
     aside: dict[str, list[np.ndarray]] = {}
@@ -73,15 +75,18 @@ def cut(
     return sequences, aside
 
 
-def _pieces(documents: Sequence[str], tokenizer: Any, length: int) -> list[np.ndarray]:
+def _pieces(documents: Sequence[Document], tokenizer: Any, length: int) -> list[np.ndarray]:
     pieces = []
     for document in documents:
-        # A rendered chat begins with the special token already; a second one would be text no model has seen.
-        begun = bool(tokenizer.bos_token) and document.startswith(tokenizer.bos_token)
-        ids = tokenizer(document, add_special_tokens=not begun, verbose=False)["input_ids"]
-        whole = np.asarray(ids, dtype=np.int64)
+        whole = _ids(document, tokenizer) if isinstance(document, str) else document.astype(np.int64)
         pieces += [whole[start : start + length] for start in range(0, len(whole), length)]
     return [piece for piece in pieces if len(piece) >= _LEAST]
+
+
+def _ids(document: str, tokenizer: Any) -> np.ndarray:
+    # A rendered chat begins with the special token already; a second one would be text no model has seen.
+    begun = bool(tokenizer.bos_token) and document.startswith(tokenizer.bos_token)
+    return np.asarray(tokenizer(document, add_special_tokens=not begun, verbose=False)["input_ids"], dtype=np.int64)
 
 
 def _keep_aside(pieces: list[np.ndarray], share: float) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -15,15 +15,15 @@ from transformers import PreTrainedModel
 
 from moekit.blocks import blocks as find_blocks
 from moekit.checkpoint import Checkpoint
-from moekit.errors import MoekitError, OptionError, UnsupportedModelError
+from moekit.errors import MoekitError, OptionError, TextError, UnsupportedModelError
 from moekit.profile._choose import choose, prefill_cells
 from moekit.profile._decode import Generation
 from moekit.profile._reservoir import Quota
-from moekit.profile._sequences import Batch, batches, cut
+from moekit.profile._sequences import Batch, TokenSequence, batches, cut
 from moekit.profile._watch import Watch
 from moekit.profile.document import Profile
 from moekit.profile.schema import ALWAYS, DEFAULT, FIELDS, SAMPLE_KEYS
-from moekit.profile.texts import check_texts
+from moekit.profile.texts import Document, check_texts
 from moekit.stream import LoadedModel, StreamedModel, cap, open_model
 
 Runnable: TypeAlias = str | os.PathLike[str] | Checkpoint | PreTrainedModel | LoadedModel | StreamedModel
@@ -43,7 +43,7 @@ class _Subject:
 
 def profile(
     model: Runnable,
-    texts: Mapping[str, Iterable[str]],
+    texts: Mapping[str, Iterable[Document]],
     *,
     max_tokens: int | None = None,
     sequence_length: int = 512,
@@ -59,7 +59,7 @@ def profile(
     tokenizer: Any = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Profile:
-    """Observe every MoE layer of ``model`` while it reads ``texts`` (documents by domain).
+    """Observe every MoE layer of ``model`` while it reads ``texts`` (documents, or their token ids, by domain).
 
     Args:
         model: a checkpoint (folder, cached hub id, ``moekit:NAME``), a runner, or a live model with its ``tokenizer``.
@@ -88,6 +88,7 @@ def profile(
     sequences, aside = cut(
         documents, subject.tokenizer, length=length, max_tokens=max_tokens, held_out=held_out, seed=seed
     )
+    _check_ids(sequences, runner.model)
     chosen = choose(sequences, sample=sample, trace=trace, decode=decode_tokens, seed=seed)
     pad = subject.tokenizer.pad_token_id or 0
     grouped = batches(sequences, tokens=BATCH_TOKENS, pad=pad, padded=not decode_tokens)
@@ -150,6 +151,14 @@ def _check_balanced(balanced: float, sample: int) -> None:
         raise OptionError(f"balanced is {balanced}: give a multiple of an even share, such as 2.0, or 0 for none")
     if balanced and not sample:
         raise OptionError(f"balanced is {balanced}, but no tokens are sampled: give a sample above 0")
+
+
+def _check_ids(sequences: Sequence[TokenSequence], model: PreTrainedModel) -> None:
+    size = model.config.get_text_config().vocab_size
+    if (largest := max(int(s.ids.max()) for s in sequences)) >= size:
+        raise TextError(
+            f"the text holds token {largest}, but the model's vocabulary ends at {size - 1}: wrong tokenizer?"
+        )
 
 
 def _subject(model: Runnable, tokenizer: Any, device: str, max_ram: int | float | str | None) -> _Subject:

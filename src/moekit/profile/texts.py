@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moekit.errors import TextError
 
 DEFAULT_DOMAIN = "text"
@@ -35,13 +37,21 @@ def read_texts(specs: Sequence[str], tokenizer: Any = None) -> dict[str, list[st
     return domains
 
 
-def check_texts(texts: Any) -> dict[str, list[str]]:
-    """Texts given from Python, with the same promises: at least one domain, none of them empty."""
+Document = str | np.ndarray
+"""A text, or its token ids: integers [T]."""
+
+
+def check_texts(texts: Any) -> dict[str, list[Document]]:
+    """Texts given from Python, with the same promises: at least one domain, none of them empty.
+
+    A document may be an array of token ids instead of a string.
+    """
     if isinstance(texts, str):
         raise TextError("texts must be a mapping of domain to documents, such as {'code': ['...']}, found one string")
-    checked: dict[str, list[str]] = {}
+    checked: dict[str, list[Document]] = {}
     for domain, documents in texts.items() if hasattr(texts, "items") else [(DEFAULT_DOMAIN, texts)]:
-        checked[str(domain)] = [text for text in _strings(domain, documents) if text.strip()]
+        found = _checked(domain, documents)
+        checked[str(domain)] = [text for text in found if (text.strip() if isinstance(text, str) else len(text))]
         if not checked[str(domain)]:
             raise TextError(f"domain '{domain}' holds no text: give at least one document that is not empty")
     if not checked:
@@ -49,10 +59,15 @@ def check_texts(texts: Any) -> dict[str, list[str]]:
     return checked
 
 
-def _strings(domain: object, documents: Iterable[Any]) -> list[str]:
+def _checked(domain: object, documents: Iterable[Any]) -> list[Document]:
     documents = [documents] if isinstance(documents, str) else list(documents)
     for document in documents:
-        if not isinstance(document, str):
+        if isinstance(document, np.ndarray):
+            if document.ndim != 1 or document.dtype.kind not in "iu" or (len(document) and document.min() < 0):
+                raise TextError(
+                    f"domain '{domain}' holds an array that is no list of token ids: they are whole numbers"
+                )
+        elif not isinstance(document, str):
             raise TextError(f"domain '{domain}' holds a {type(document).__name__}; documents must be strings")
     return documents
 
