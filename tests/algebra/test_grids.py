@@ -100,6 +100,13 @@ def test_ternary_min_max_closed_form() -> None:
     assert found.codes.tolist() == [[0, 0, 1, 1, 1, 2, 2], [1, 1, 1, 2, 2, 1, 1]]
 
 
+def test_zeros_have_one_code_even_without_a_negative_point() -> None:
+    points = TernaryMinMax().fit(torch.tensor([[0.5, 1.0]]))
+    assert points.encode(torch.tensor([[-0.3, 0.0, 0.4, 0.6]])).tolist() == [[1, 1, 1, 2]]
+    points = TernaryMinMax().fit(torch.tensor([[-0.5, -1.0]]))
+    assert points.encode(torch.tensor([[-0.6, 0.0, 0.3]])).tolist() == [[0, 1, 1]]
+
+
 def test_ternary_absmean_is_one_mean_per_expert() -> None:
     weight = torch.tensor([[4.0, -1.0, 1.1], [-4.0, 0.9, 1.0]])
     found = round_to_nearest(weight, TernaryAbsmean())

@@ -168,6 +168,14 @@ def test_merged_experts_compute_the_mean_function_of_flipped_twins() -> None:
     assert equal(merged, one)
 
 
+def test_ties_go_to_the_lowest_expert_and_neuron() -> None:
+    one = bank(1).expert(0)
+    twins = ExpertWeights(one.gate_up[[0, 0, 2, 3, 4, 5, 6, 6, 8, 9, 10, 11]], one.down[:, [0, 0, 2, 3, 4, 5]])
+    found = assign_neurons(join(twins, twins, twins), [2, 1])
+    assert found.expert.tolist() == [[1] * UNITS]
+    assert found.unit.tolist() == [[0, 0, 2, 3, 4, 5]]
+
+
 def test_keeping_all_keeps_all() -> None:
     three = bank(3)
     found = assign_neurons(three, [0, 1, 2])

@@ -150,8 +150,6 @@ def _seeds(similarity_EE: np.ndarray, count: int, draw: np.random.Generator) -> 
     chosen = [int(draw.integers(experts))]
     while len(chosen) < count:
         distance_E = np.clip(1.0 - similarity_EE[:, chosen].max(axis=1), 0.0, None)
-        # Rounding leaves identical experts a little apart, which is no reason to choose both.
-        distance_E[distance_E < TIE] = 0.0
         distance_E[chosen] = 0.0
         total = distance_E.sum()
         free = np.setdiff1d(np.arange(experts), chosen)
