@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from moekit.errors import OutputError, ProfileError
 from moekit.profile import Profile
@@ -42,6 +42,33 @@ def test_everything_comes_back(observed, tmp_path):
         assert all(np.array_equal(a, b) for a, b in zip(pieces, back.held_out[domain], strict=True))
     assert dict(back.options) == dict(observed.options)
     assert np.array_equal(back.trace["position"], observed.trace["position"])
+
+
+def test_the_safetensors_library_reads_every_array(observed, tmp_path):
+    observed.save(tmp_path / "a")
+    arrays = load_file(tmp_path / "a")
+    for name, layer in observed.layers.items():
+        for key, array in layer.arrays.items():
+            found = arrays.pop(f"layers/{name}/{key}")
+            assert found.dtype == array.dtype
+            assert np.array_equal(found, array)
+    assert all(name.startswith(("trace/", "held_out/")) for name in arrays)
+    _, data, start = header_of(tmp_path / "a")
+    held = [array for layer in observed.layers.values() for array in layer.arrays.values()]
+    assert start % 8 == 0
+    assert len(data) - start == sum(array.nbytes for array in [*held, *arrays.values()])
+
+
+def test_saving_copies_no_array(observed, tmp_path, monkeypatch):
+    """Samples are large: what is written are views of what is held."""
+    from moekit.profile import _file
+
+    written = []
+    monkeypatch.setattr(_file, "write_whole", lambda target, chunks: written.extend(chunks))
+    observed.save(tmp_path / "a")
+    held = [layer.hidden for layer in observed.layers.values()]
+    views = [np.frombuffer(chunk, np.uint8) for chunk in written if isinstance(chunk, memoryview) and len(chunk)]
+    assert all(any(np.shares_memory(array, view) for view in views) for array in held)
 
 
 def test_the_same_profile_is_the_same_bytes(observed, tmp_path):

@@ -6,14 +6,13 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import save as to_bytes
 
 from moekit.errors import OutputError, ProfileError
 from moekit.profile.layer import LayerProfile
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "moekit-profile", 2
 _KEY = "moekit"
+_DTYPES = {"<f8": "F64", "<f4": "F32", "<i8": "I64", "<i4": "I32", "<u8": "U64"}
 
 
 def _arrays(profile: Profile) -> dict[str, np.ndarray]:
@@ -63,8 +63,32 @@ def _digest(arrays: Mapping[str, np.ndarray]) -> str:
     for name in sorted(arrays):
         array = arrays[name]
         digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
+        digest.update(_raw(array))
     return digest.hexdigest()
+
+
+def _raw(array: np.ndarray) -> memoryview:
+    """The array's bytes where they lie."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def _chunks(arrays: Mapping[str, np.ndarray], header: str) -> Iterator[bytes | memoryview]:
+    """A safetensors file piece by piece: the library would copy every array first, and samples are large.
+
+    Widest dtype first, then by name, so that each array is aligned.
+    """
+    ordered = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
+    table: dict[str, Any] = {"__metadata__": {_KEY: header}}
+    offset = 0
+    for name in ordered:
+        array = arrays[name]
+        span = [offset, offset + array.nbytes]
+        table[name] = {"dtype": _DTYPES[array.dtype.str], "shape": list(array.shape), "data_offsets": span}
+        offset = span[1]
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    yield from (_raw(arrays[name]) for name in ordered)
 
 
 def fingerprint(profile: Profile) -> str:
@@ -76,16 +100,17 @@ def save(profile: Profile, path: str | PathLike[str], overwrite: bool) -> None:
     if target.exists() and not overwrite:
         raise OutputError(f"{target} exists already: name another file, or pass --overwrite")
     arrays = _arrays(profile)
-    write_whole(target, to_bytes(arrays, metadata={_KEY: _header(profile, arrays)}))
+    write_whole(target, _chunks(arrays, _header(profile, arrays)))
 
 
-def write_whole(target: Path, data: bytes) -> None:
+def write_whole(target: Path, chunks: Iterable[bytes | memoryview]) -> None:
     """All of the file or none of it. Raises OutputError where it cannot be written."""
     temporary = None
     try:
         with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}-", delete=False) as file:
             temporary = Path(file.name)
-            file.write(data)
+            for chunk in chunks:
+                file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o644)

@@ -29,7 +29,7 @@ def write(profile: Profile, path: str | PathLike[str], overwrite: bool) -> None:
     target = Path(path)
     if target.exists() and not overwrite:
         raise OutputError(f"{target} exists already: name another file, or pass --overwrite")
-    write_whole(target, page(profile).encode())
+    write_whole(target, [page(profile).encode()])
 
 
 def page(profile: Profile) -> str:
