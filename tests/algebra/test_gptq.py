@@ -14,7 +14,6 @@ from moekit.algebra import Asymmetric, Symmetric, TernaryMinMax, gptq, round_to_
 from moekit.algebra.grids import Affine
 from moekit.algebra.moments import inverse_factors, weighted_error
 from moekit.errors import OptionError
-from moekit.formats import DenseBank, PackedBank, _grid
 
 GRIDS = [
     Asymmetric(bits=4, group_size=8),
@@ -251,19 +250,6 @@ def test_one_matrix_and_shared_moments() -> None:
     assert torch.equal(shared.codes[1], single.codes)
     assert single.codes.shape == (5, 20)
     assert single.parameters["scales"].shape == (5, 3)
-
-
-def test_a_result_is_a_packed_bank_without_loss() -> None:
-    weight, hessian = problem(1, 6, 20)
-    found, _ = gptq(weight[0], hessian[0], Asymmetric(bits=3, group_size=8))
-    dense = DenseBank(torch.randn(1, 6, 20), torch.randn(1, 20, 3))
-    bank = PackedBank.quantise(dense, 3, 8)
-    stored = dict(bank.tensors()) | {"0.gate_up.qweight": _grid.pack(found.codes, 3)}
-    stored |= {f"0.gate_up.{name}": tensor for name, tensor in found.parameters.items()}
-    assert all(stored[name].shape == tensor.shape for name, tensor in bank.tensors().items())
-    assert all(stored[name].dtype == tensor.dtype for name, tensor in bank.tensors().items())
-    filled = PackedBank(stored, bank.bits, bank.group_size, bank.shape, bank.dtype, bank.activation)
-    assert torch.equal(filled.expert(0).gate_up, found.weight)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def weights(rows: int = 6, columns: int = 17, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.02
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [1, 4, 5, 16, 17, 64])
 def test_asymmetric_is_the_packed_bank_bit_for_bit(bits: int, group_size: int) -> None:
     weight = weights() + 0.01
@@ -51,7 +51,7 @@ def test_no_other_code_is_nearer(grid) -> None:
     weight = weights(4, 5)
     points = grid.fit(weight)
     near = (points.decode(points.encode(weight)) - weight).abs()
-    count = 3 if hasattr(points, "low") else points.levels + 1
+    count = {"Ternary": 3, "Signs": 2}.get(type(points).__name__) or points.levels + 1
     for code in range(count):
         other = (points.decode(torch.full_like(weight, code, dtype=torch.uint8)) - weight).abs()
         assert (near <= other + 1e-9).all()
@@ -83,6 +83,8 @@ def test_one_bit_is_sign_times_mean() -> None:
     found = round_to_nearest(weight, Symmetric(bits=1, group_size=4))
     assert found.weight.tolist() == [[2.5, -2.5, 2.5, -2.5, 0.5, -0.5]]
     assert found.codes.tolist() == [[1, 0, 1, 0, 1, 0]]
+    tiny = torch.tensor([[1.0, 1e-12, 0.0, -1e-12]])
+    assert round_to_nearest(tiny, Symmetric(bits=1)).codes.tolist() == [[1, 1, 1, 0]]
 
 
 def test_symmetric_closed_form() -> None:

@@ -24,12 +24,11 @@ def moments(experts: int = 3) -> torch.Tensor:
 
 def test_closed_form() -> None:
     weight = torch.tensor([[0.0, 1.0, 2.0, 3.5, 5.0, 6.0]])
-    planes = nested(weight, Asymmetric(bits=1), 2)
-    assert planes.base.weight.tolist() == [[0.0, 0.0, 0.0, 6.0, 6.0, 6.0]]
-    # Residuals 0, 1, 2, -2.5, -1, 0: the signs take their mean size, 6.5 / 6; no residual counts as 0 but as a sign.
-    step = float(torch.tensor(6.5 / 6).bfloat16())
-    assert set(planes.signs[0].weight.abs().flatten().tolist()) == {step}
-    assert (planes.signs[0].weight.sign() * torch.tensor([[0, 1, 1, -1, -1, 0]]) >= 0).all()
+    planes = nested(weight, Asymmetric(bits=2), 2)
+    assert planes.base.weight.tolist() == [[0.0, 0.0, 2.0, 4.0, 4.0, 6.0]]
+    # Residuals 0, 1, 0, -0.5, 1, 0: the signs take their mean size, and a zero counts as plus.
+    step = float(torch.tensor(2.5 / 6).bfloat16())
+    assert planes.signs[0].weight.tolist() == [[step, step, step, -step, step, step]]
     assert torch.equal(planes.weight(1), planes.base.weight + planes.signs[0].weight)
     assert torch.equal(planes.weight(2), planes.weight(1) + planes.signs[1].weight)
 

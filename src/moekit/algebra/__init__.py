@@ -14,6 +14,7 @@
 | `outliers` | experts that make massive activations; scales that smooth outlier channels |
 | `planes` | a low-bit base and sign planes on top, one bit each |
 | `rank` | the best of a layer's experts by a score |
+| `stored` | from rounded weights to what the bank formats take |
 """
 
 from moekit.algebra.align import align, alignment
@@ -56,6 +57,7 @@ from moekit.algebra.neurons import NeuronMap, assign_neurons, merge_neurons
 from moekit.algebra.outliers import channel_peaks, outlier_scales, smoothing_scales, super_experts
 from moekit.algebra.planes import Planes, nested
 from moekit.algebra.rank import best, share_to_count
+from moekit.algebra.stored import as_codes, as_planes, as_ternary
 
 __all__ = [
     "Allocation",
@@ -76,6 +78,9 @@ __all__ = [
     "alignment",
     "allocate",
     "allocate_bits",
+    "as_codes",
+    "as_planes",
+    "as_ternary",
     "assign_neurons",
     "assign_to_leaders",
     "best",

@@ -63,6 +63,22 @@ class Affine:
 
 
 @dataclass(frozen=True, eq=False)
+class Signs:
+    """Codes 0 and 1 for -``step`` and ``step``, bfloat16 [..., R, 1]; a zero is plus. Stored as affine points."""
+
+    step: Tensor
+
+    def encode(self, weight: Tensor) -> Tensor:
+        return (weight >= 0).to(torch.uint8)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return torch.where(codes == 1, self.step.float(), -self.step.float())
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {"scales": self.step[..., 0] * 2, "mins": -self.step[..., 0]}
+
+
+@dataclass(frozen=True, eq=False)
 class Ternary:
     """Three points, codes 0, 1, 2 for ``low`` <= 0, 0 and ``high`` >= 0; both bfloat16 [..., R, 1].
 
@@ -92,8 +108,9 @@ class Asymmetric:
     """From the smallest to the largest weight of a group in 2**bits points, the min stored unrounded to a step.
 
     With ``ratios`` other than 1 the range (both ends times the ratio) is searched for the least sum of
-    ``|error| ** norm`` (norm 2.4 in GPTQ's code); the earliest ratio wins ties. At ratio 1 codes, scales and mins are
-    those of the packed bank, bit for bit.
+    ``|error| ** norm`` (norm 2.4 in GPTQ's code); the earliest ratio wins ties. At 1 bit the two points are the least
+    squares around the group's mean, and ``ratios`` do not apply. At ratio 1 codes, scales and mins are those of the
+    packed bank, bit for bit.
     """
 
     bits: int
@@ -107,14 +124,16 @@ class Asymmetric:
     def at(self, weight: Tensor, ratio: float) -> Affine:
         """The points for one group [..., R, S] at one ratio of its range."""
         low, high = weight.float().aminmax(dim=-1)
-        # The packed format's own rule, on the two ends of the range: bfloat16, rounded outwards.
-        ends = torch.stack([low * ratio, high * ratio], dim=-1)
-        _, scales, mins = _grid.fit(ends.reshape(-1, 2), self.bits, 2)
-        shape = (*low.shape, 1)
-        return Affine(scales.view(shape), mins.view(shape), 2**self.bits - 1)
+        return self._points(torch.stack([low * ratio, high * ratio], dim=-1))
 
     def fit(self, weight: Tensor) -> Affine:
-        return _search(self, weight)
+        return self._points(weight.float()) if self.bits == 1 else _search(self, weight)
+
+    def _points(self, weight: Tensor) -> Affine:
+        """By the packed format's own rule, which looks at the ends of the range only: bfloat16, rounded outwards."""
+        *rows, columns = weight.shape
+        _, scales, mins = _grid.fit(weight.reshape(-1, columns), self.bits, columns)
+        return Affine(scales.view(*rows, 1), mins.view(*rows, 1), 2**self.bits - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +141,7 @@ class Symmetric:
     """2**bits points with steps of 2 max|w| / (2**bits - 1) from -2**(bits - 1) steps up, zero among them.
 
     At 1 bit the two points are -mean|w| and mean|w|, the least squares for signs, and ``ratios`` do not apply.
-    Both are affine points, so they pack like asymmetric ones.
+    All are stored as affine points, so they pack like asymmetric ones.
     """
 
     bits: int
@@ -135,15 +154,13 @@ class Symmetric:
 
     def at(self, weight: Tensor, ratio: float) -> Affine:
         """The points for one group [..., R, S] at one ratio of its range."""
-        size = weight.float().abs()
-        if self.bits == 1:
-            half = size.mean(dim=-1, keepdim=True).to(_grid.SCALE)
-            return Affine(half * 2, -half, 1)
         levels = 2**self.bits - 1
-        scales = (size.amax(dim=-1, keepdim=True) * (2 * ratio / levels)).to(_grid.SCALE)
+        scales = (weight.float().abs().amax(dim=-1, keepdim=True) * (2 * ratio / levels)).to(_grid.SCALE)
         return Affine(scales, scales * -(2 ** (self.bits - 1)), levels)
 
-    def fit(self, weight: Tensor) -> Affine:
+    def fit(self, weight: Tensor) -> Affine | Signs:
+        if self.bits == 1:
+            return Signs(weight.float().abs().mean(dim=-1, keepdim=True).to(_grid.SCALE))
         return _search(self, weight)
 
 
