@@ -1,0 +1,184 @@
+"""One training loop for everything: transformers' Trainer underneath, a loss and a batch for each step on top.
+
+The Trainer writes nothing: a run that shall survive a crash keeps its weights and moments in one safetensors file.
+Same machine, one thread, same options: the same bits, interrupted or not.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from moekit.errors import OptionError
+from moekit.train.groups import train_only
+from moekit.train.options import TrainOptions
+from moekit.train.sequences import Batch, Batches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Loss = Callable[[Any, Batch], tuple[Tensor, Mapping[str, Tensor]]]
+"""(model, batch) -> the loss, and the parts of it that are worth keeping a record of."""
+RESUME = "resume.safetensors"
+SAVE_EVERY = 100
+"""Steps between two savings of a run that is given a folder."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What training did: the loss of every step, and its parts by name. ``trained`` names the parameters."""
+
+    trained: tuple[str, ...]
+    losses: list[float] = field(default_factory=list)
+    parts: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, loss: Tensor, parts: Mapping[str, Tensor]) -> None:
+        """One more step."""
+        self.losses.append(float(loss.detach()))
+        for name, value in parts.items():
+            self.parts.setdefault(name, []).append(float(value.detach()))
+
+    def last(self, count: int = 10) -> dict[str, float]:
+        """Means over the last steps, for a report."""
+        values = {"loss": self.losses, **self.parts}
+        return {name: sum(v[-count:]) / len(v[-count:]) for name, v in values.items() if v}
+
+
+def train(
+    model: PreTrainedModel,
+    loss: Loss,
+    batches: Batches,
+    options: TrainOptions,
+    *,
+    what: Sequence[str] = ("all",),
+    folder: str | Path | None = None,
+    after_step: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Record:
+    """Train the chosen parameters of a model in place; its mode and what needs gradients are put back at the end.
+
+    ``folder`` keeps the state every :data:`SAVE_EVERY` steps and takes it up again; ``after_step`` is told the number of
+    steps done after each update.
+
+    Raises:
+        OptionError: accelerate is missing, the folder holds another run, or the loss stops being a number.
+    """
+    trainer_class = _trainer_class()
+    state = None if folder is None else Path(folder) / RESUME
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    training, use_cache = model.training, getattr(model.config, "use_cache", None)
+    names = train_only(model, what)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = _optimizer(parameters, options)
+    record = Record(tuple(names))
+    done = 0 if state is None else _resume(state, parameters, optimizer, options, record)
+
+    def finished(step: int) -> None:
+        if after_step is not None:
+            after_step(step)
+        if state is not None and (step % SAVE_EVERY == 0 or step == options.steps):
+            _keep(state, step, parameters, optimizer, options, record)
+        if progress is not None:
+            progress(step, options.steps)
+
+    try:
+        if done < options.steps:
+            with tempfile.TemporaryDirectory() as scratch:
+                trainer_class(model, _Job(loss, batches, options, done, record, finished), optimizer, scratch).train()
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.grad = None
+            parameter.requires_grad_(before.get(name, False))
+        model.train(training)
+        if use_cache is not None:
+            model.config.use_cache = use_cache
+    return record
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the Trainer is given: it begins at step ``done`` and calls ``finished`` with the number of steps done."""
+
+    loss: Loss
+    batches: Batches
+    options: TrainOptions
+    done: int
+    record: Record
+    finished: Callable[[int], None]
+
+
+def _optimizer(parameters: Mapping[str, nn.Parameter], options: TrainOptions) -> torch.optim.AdamW:
+    """AdamW; vectors are not decayed."""
+    wide = [p for p in parameters.values() if p.dim() > 1]
+    narrow = [p for p in parameters.values() if p.dim() <= 1]
+    groups = [{"params": wide, "weight_decay": options.weight_decay}, {"params": narrow, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=options.learning_rate, betas=options.betas, eps=options.eps
+    )
+
+
+def _trainer_class() -> Any:
+    try:
+        from accelerate import Accelerator  # noqa: F401
+    except ImportError:
+        raise OptionError("training needs accelerate, which is not installed: pip install 'moekit[train]'") from None
+    from moekit.train._trainer import StepTrainer
+
+    return StepTrainer
+
+
+def _keep(
+    path: Path,
+    step: int,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.AdamW,
+    options: TrainOptions,
+    record: Record,
+) -> None:
+    """Weights and moments under a temporary name, then one rename."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        state = optimizer.state[parameter]
+        tensors |= {f"weight/{name}": parameter.detach(), f"m/{name}": state["exp_avg"], f"v/{name}": state["exp_avg_sq"]}
+    told = {"step": step, "options": asdict(options), "losses": record.losses, "parts": record.parts}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file({name: t.contiguous() for name, t in tensors.items()}, partial, metadata={"run": json.dumps(told)})
+    partial.replace(path)
+
+
+def _resume(
+    path: Path,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.AdamW,
+    options: TrainOptions,
+    record: Record,
+) -> int:
+    """Take up the run that a file holds, if any; returns the number of steps done."""
+    if not path.is_file():
+        return 0
+    with safe_open(path, framework="pt") as file:
+        told = json.loads((file.metadata() or {}).get("run", "{}"))
+    tensors = load_file(path)
+    same = told.get("options") == json.loads(json.dumps(asdict(options)))
+    if not same or {name for name in tensors if name.startswith("weight/")} != {f"weight/{n}" for n in parameters}:
+        raise OptionError(f"{path} holds a run with other options or parameters: remove it or choose another folder")
+    for name, parameter in parameters.items():
+        parameter.data.copy_(tensors[f"weight/{name}"])
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(told["step"])),
+            "exp_avg": tensors[f"m/{name}"].to(parameter.device),
+            "exp_avg_sq": tensors[f"v/{name}"].to(parameter.device),
+        }
+    record.losses.extend(told["losses"])
+    record.parts.update(told["parts"])
+    return int(told["step"])
