@@ -172,12 +172,18 @@ def expert_moments(
     size = max(1, max_bytes // (element * (bank.hidden_size**2 + bank.intermediate_size**2)))
     for first in range(0, bank.num_experts, size):
         experts = range(first, min(first + size, bank.num_experts))
-        own = [sample.own(e) for e in experts]
-        inputs, units = [], []
-        for e, (token_N, x_NH, weight_N) in zip(experts, own, strict=True):
-            borrowed = lend and not len(token_N)
-            read = (sample.x_SH if borrowed else x_NH).to(dtype)
-            weight = weight_N.to(dtype) if weighted and not borrowed else None
-            inputs.append(second_moments(read, weight))
-            units.append(second_moments(hidden_units(bank.expert(e), bank.activation, read).to(dtype), weight))
-        yield Moments(tuple(experts), tuple(len(one.token_N) for one in own), torch.stack(inputs), torch.stack(units))
+        made = Moments(
+            tuple(experts),
+            tuple(int(sample.count_E[e]) for e in experts),
+            torch.empty(len(experts), bank.hidden_size, bank.hidden_size, dtype=dtype),
+            torch.empty(len(experts), bank.intermediate_size, bank.intermediate_size, dtype=dtype),
+        )
+        for place, e in enumerate(experts):
+            own = sample.own(e)
+            borrowed = lend and not len(own.token_N)
+            read_NH = sample.x_SH if borrowed else own.x_NH
+            weight_N = own.weight_N.to(dtype) if weighted and not borrowed else None
+            units_NI = hidden_units(bank.expert(e), bank.activation, read_NH)
+            made.input_CHH[place] = second_moments(read_NH.to(dtype), weight_N)
+            made.unit_CII[place] = second_moments(units_NI.to(dtype), weight_N)
+        yield made
