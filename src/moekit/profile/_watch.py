@@ -29,6 +29,7 @@ class Watch:
         self, blocks: Sequence[MoEBlock], names: Sequence[str], num_domains: int, quota: Quota, num_traced: int
     ) -> None:
         self.blocks, self._names, self._num_domains, self._quota = list(blocks), names, num_domains, quota
+        self._samples_wanted = any(FIELDS[name].axes[0] == "s" for name in names)
         self._before: dict[int, tuple[int, Tensor]] = {}
         self._statistics: list[dict[str, Statistic]] = []
         self._samples: list[Reservoir] = []
@@ -50,8 +51,7 @@ class Watch:
     def _sample_bytes(self, block: MoEBlock, tokens: int) -> int:
         widths = {"hidden": block.hidden_size, "sample_logits": block.num_experts, "sample_weight": block.top_k}
         width = sum(size for name, size in widths.items() if name in self._names) + block.top_k + 3
-        wanted = any(FIELDS[name].axes[0] == "s" for name in self._names)
-        return min(tokens, self._quota.most(block.num_experts, block.top_k)) * width * 4 * wanted
+        return min(tokens, self._quota.most(block.num_experts, block.top_k)) * width * 4 * self._samples_wanted
 
     @contextmanager
     def attached(self, now: Now) -> Iterator[None]:
@@ -79,7 +79,7 @@ class Watch:
 
     def _admit(self, index: int, view: View) -> None:
         """Let the reservoir choose, so that all statistics of the sample keep the same tokens."""
-        if view.priority_T is not None:
+        if self._samples_wanted and view.priority_T is not None:
             domain_T, expert_TK = view.domain_T(self._num_domains).cpu(), view.expert_TK.cpu()
             view.sampled = self._samples[index].admit(view.priority_T, domain_T.numpy(), expert_TK.numpy())
 
