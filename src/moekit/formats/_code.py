@@ -30,14 +30,16 @@ Array = NDArray[Any]
 
 class Dictionary(NamedTuple):
     """``symbols`` uint8 [2**16, 28], ``lengths`` uint8 [2**16] in weights; ``child`` int32 [2**16 + 1, 9]: the code of
-    a run and one more pair, or -1; the last row is the empty run. ``nonzero`` uint8 [2**16, M]: where the weights of a
-    run are that are not zero, 32 added for the high level; ``counts`` uint8 [2**16] says how many they are."""
+    a run and one more pair, or -1; the last row is the empty run.
+
+    ``entries`` uint32 [2**16] say the same in 26 bits, for kernels that visit only weights that are not zero, of which
+    a run has at most three: three times 7 bits, place + 32 * symbol, those without a weight (0) first; then the length.
+    """
 
     symbols: Array
     lengths: Array
     child: Array
-    nonzero: Array
-    counts: Array
+    entries: Array
 
 
 @cache
@@ -64,12 +66,7 @@ def dictionary() -> Dictionary:
         symbols[parents, : 2 * length] = runs
         lengths[parents] = 2 * length
         start += len(runs)
-    counts = (symbols > 0).sum(1).astype(np.uint8)
-    nonzero = np.zeros((SIZE, int(counts.max())), np.uint8)
-    code, place = np.nonzero(symbols)
-    rank = np.arange(len(code)) - np.repeat(np.cumsum(counts, dtype=np.int64) - counts, counts)
-    nonzero[code, rank] = place + 32 * (symbols[code, place] == 2)
-    return Dictionary(symbols, lengths, child, nonzero, counts)
+    return Dictionary(symbols, lengths, child, _entries(symbols, lengths))
 
 
 def encode(symbols_NK: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,7 +91,8 @@ def decode(codes_Q: Tensor, rows: int, columns: int) -> Tensor:
 
 def zeros(codes_Q: Tensor, rows: int, columns: int) -> int:
     """How many weights are zero."""
-    return rows * columns - int(dictionary().counts[codes_Q.cpu().numpy()].sum(dtype=np.int64))
+    counts = (dictionary().symbols > 0).sum(1)
+    return rows * columns - int(counts[codes_Q.cpu().numpy()].sum())
 
 
 @cache
@@ -107,6 +105,17 @@ def jit() -> Any:
 def _on(device: torch.device) -> tuple[Tensor, Tensor]:
     made = dictionary()
     return torch.from_numpy(made.symbols).to(device), torch.from_numpy(made.lengths).to(device)
+
+
+def _entries(symbols: Array, lengths: Array) -> Array:
+    code, place = np.nonzero(symbols)
+    counts = np.bincount(code, minlength=SIZE)
+    assert counts.max() == 3
+    slot = 3 - np.repeat(counts, counts) + np.arange(len(code)) - np.repeat(counts.cumsum() - counts, counts)
+    fields = np.zeros((SIZE, 3), np.uint32)
+    fields[code, slot] = place + 32 * symbols[code, place].astype(np.uint32)
+    packed: Array = (fields << np.array([0, 7, 14], np.uint32)).sum(1, dtype=np.uint32)
+    return packed | (lengths.astype(np.uint32) << 21)
 
 
 def _quota() -> dict[tuple[int, int], int]:

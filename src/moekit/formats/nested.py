@@ -145,15 +145,29 @@ class NestedBank(StoredBank):
                     yield f"{name}.sign{width}", (rows, _grid.packed_columns(columns, 1)), torch.uint8
                     yield f"{name}.step{width}", groups, _grid.SCALE
 
-    def _decode(self, expert: int, part: str, dtype: torch.dtype) -> Tensor:
-        name, columns, group_size = f"{expert}.{part}", self.size(part)[1], self.group_size[expert]
-        integers = _grid.unpack(self.stored[f"{name}.qweight"], self.base_bits, columns)
-        scales, mins = self.stored[f"{name}.scales"], self.stored[f"{name}.mins"]
-        weight = _grid.decode(integers, scales, mins, group_size, torch.promote_types(dtype, torch.float32))
+    def levels(self, expert: int, part: str) -> list[tuple[int, Tensor, Tensor, Tensor]]:
+        """The base and then every plane of a matrix, as (bits, packed integers, scales, mins): their sum is decoded."""
+        name = f"{expert}.{part}"
+        packed, scales, mins = (self.stored[f"{name}.{leaf}"] for leaf in ("qweight", "scales", "mins"))
+        found = [(self.base_bits, packed, scales, mins)]
         for width in range(self.base_bits + 1, self.bits[expert] + 1):
-            signs = _grid.unpack(self.stored[f"{name}.sign{width}"], 1, columns)
-            weight += _signed(signs, self.stored[f"{name}.step{width}"], group_size)
+            steps = self.stored[f"{name}.step{width}"]
+            found.append((1, self.stored[f"{name}.sign{width}"], 2 * steps, -steps))
+        return found
+
+    def some(self, expert: int, part: str, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Some rows of a matrix, decoded in float32 or wider and rounded once."""
+        columns, wide = self.size(part)[1], torch.promote_types(dtype, torch.float32)
+        weight: Tensor | None = None
+        for bits, packed, scales, mins in self.levels(expert, part):
+            integers = _grid.unpack(packed[rows], bits, columns)
+            level = _grid.decode(integers, scales[rows], mins[rows], self.group_size[expert], wide)
+            weight = level if weight is None else weight.add_(level)
+        assert weight is not None
         return weight.to(dtype)
+
+    def _decode(self, expert: int, part: str, dtype: torch.dtype) -> Tensor:
+        return self.some(expert, part, slice(None), dtype)
 
 
 def _planes(weight: Tensor, base_bits: int, bits: int, group_size: int) -> tuple[Codes, list[Plane]]:

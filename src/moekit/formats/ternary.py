@@ -155,11 +155,18 @@ class TernaryBank(StoredBank):
         bank = cls.from_symbols(experts, dtype=dense.dtype, activation=dense.activation)
         return replace(bank, stored={**bank.stored, **biases(dense)})
 
-    def _decode(self, expert: int, part: str, dtype: torch.dtype) -> Tensor:
+    def some(self, expert: int, part: str, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Some rows of a matrix, decoded; only their codes are read."""
         name = f"{expert}.{part}"
-        symbols = _code.decode(self.stored[f"{name}.codes"], *self.size(part)).long()
-        levels = self.stored[f"{name}.levels"].to(dtype)
+        first, last, _ = rows.indices(self.size(part)[0])
+        offsets = self.stored[f"{name}.offsets"]
+        codes = self.stored[f"{name}.codes"][int(offsets[first]) : int(offsets[last])]
+        symbols = _code.decode(codes, last - first, self.size(part)[1]).long()
+        levels = self.stored[f"{name}.levels"][first:last].to(dtype)
         return torch.cat([torch.zeros_like(levels[:, :1]), levels], dim=1).gather(1, symbols)
+
+    def _decode(self, expert: int, part: str, dtype: torch.dtype) -> Tensor:
+        return self.some(expert, part, slice(None), dtype)
 
     def _weights(self) -> int:
         return self.num_experts * sum(rows * columns for rows, columns in map(self.size, self.PARTS))
