@@ -1,5 +1,6 @@
 """What is shown: sizes, numbers, JSON that every reader takes, curves, generated pages."""
 
+import contextlib
 import io
 import json
 
@@ -36,10 +37,33 @@ def test_tables_keep_what_looks_like_markup(capsys):
     assert "\x1b" not in out
 
 
-def test_progress_is_silent_when_piped(capsys):
+def test_progress_is_silent_when_piped(capsys, monkeypatch):
+    monkeypatch.setattr(_show, "_PATIENCE", -1)
     with _show.progress("work") as advance:
-        advance(1, 2)
+        advance(1, 2, "one part")
+        advance(0.5, 3, "another")
     assert capsys.readouterr() == ("", "")
+
+
+def test_progress_shows_the_part_and_the_time_left(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setattr(_show, "_PATIENCE", -1)
+    with _show.progress("apply") as advance:
+        advance(1, 2, "writing")
+    assert "apply: writing" in screen.getvalue()
+    assert "left" in screen.getvalue()
+    assert "1/2" in screen.getvalue()
+    quick = Terminal()
+    monkeypatch.setattr("sys.stderr", quick)
+    monkeypatch.setattr(_show, "_PATIENCE", 1000)
+    with _show.progress("apply") as advance:
+        advance(1, 2, "writing")
+    assert "writing" not in quick.getvalue()
 
 
 @pytest.mark.parametrize(("on", "said"), [(True, "after\n"), (False, "before\nafter\n")])
@@ -92,6 +116,52 @@ def test_a_stale_page_is_found(tmp_path):
     (tmp_path / "cli.md").write_text("by hand")
     (tmp_path / "systems.md").unlink()
     assert docs.stale(tmp_path) == ["cli.md", "systems.md"]
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """Every (label, done, total, part) a bar is told, and when bars open and close."""
+    told = []
+
+    @contextlib.contextmanager
+    def progress(label):
+        told.append(("open", label))
+        yield lambda done, total, what="": told.append((label, done, total, what))
+        told.append(("close", label))
+
+    monkeypatch.setattr(_show, "progress", progress)
+    return told
+
+
+def test_runners_side_by_side_share_one_bar(bars):
+    class Runner:
+        model = None
+
+        def forward(self, batches, on_layer):
+            for done, batch in enumerate(batches, 1):
+                on_layer(done, len(batches))
+                yield batch
+
+    one = _show.Watched(Runner(), "run")
+    two = one.beside(Runner())
+    assert list(zip(one.forward([1, 2]), two.forward([3, 4]), strict=True)) == [(1, 3), (2, 4)]
+    assert bars[0] == ("open", "run")
+    assert bars[-1] == ("close", "run")
+    assert [bar[1:3] for bar in bars[1:-1]] == [(1, 2), (2, 4), (3, 4), (4, 4)]
+    list(one.forward([1]))
+    assert bars.count(("open", "run")) == bars.count(("close", "run")) == 2
+
+
+def test_parts_tell_where_within_a_step(bars):
+    with _show.parts("fit") as tell:
+        tell("measuring plans", 2, 5)
+        tell.inside(1, 4)
+    assert bars == [
+        ("open", "fit"),
+        ("fit", 2, 5, "measuring plans"),
+        ("fit", 2.25, 5, "measuring plans"),
+        ("close", "fit"),
+    ]
 
 
 def test_a_watched_runner_gives_what_the_runner_gives():

@@ -280,6 +280,19 @@ def test_an_output_that_does_not_load_is_not_published(tmp_path: Path, monkeypat
     ]
 
 
+def test_progress_covers_the_held_out_passes(tmp_path: Path) -> None:
+    checkpoint = source(tmp_path)
+    told: list[tuple[str, int, int]] = []
+    apply(
+        checkpoint, plan_of(checkpoint, keep), tmp_path / "out", text=["some words"], progress=lambda *s: told.append(s)
+    )
+    parts = list(dict.fromkeys(what for what, _, _ in told))
+    assert parts == ["measuring the source", "writing", "measuring the output"]
+    for part in parts:
+        last = [step for step in told if step[0] == part][-1]
+        assert last[1] == last[2] > 0
+
+
 def test_text_is_measured_by_domain_or_token_ids(tmp_path: Path) -> None:
     checkpoint = source(tmp_path)
     plan = plan_of(checkpoint, keep)

@@ -77,7 +77,13 @@ def stand(here: Connection) -> None:
 
 def at_unit(number: int, source: Path, plan: Plan, output: Path, here: Connection) -> None:
     """Stands still right after that many units are journaled."""
-    apply(source, plan, output, text=TEXT, progress=lambda done, total: stand(here) if done == number else None)
+    apply(
+        source,
+        plan,
+        output,
+        text=TEXT,
+        progress=lambda what, done, _: stand(here) if (what, done) == ("writing", number) else None,
+    )
 
 
 def inside_shard(number: int, source: Path, plan: Plan, output: Path, here: Connection) -> None:

@@ -1,5 +1,6 @@
 """Arguments and options that several commands share, so that they read and mean the same everywhere."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -50,3 +51,29 @@ HeldOut = Annotated[
     list[str],
     typer.Option("--held-out", metavar="[DOMAIN=]FILE", help="Text to measure the result on, not to choose by."),
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where a command computes, and what it may take."""
+
+    max_ram: MaxRam = None
+    device: Device = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed:
+    """What a plan is chosen by: a profile, or text to make one from."""
+
+    profile: ProfileFile = None
+    text: Text = field(default_factory=list)
+    max_tokens: MaxTokens = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """How a model is written."""
+
+    format: Format = "auto"
+    materialise: Materialise = False
+    overwrite: Overwrite = False

@@ -16,6 +16,14 @@ def as_dict(receipt: "Receipt", output: Path) -> dict[str, Any]:
     return {"output": output, **json.loads(receipt.to_json())}
 
 
+def tell(receipt: "Receipt", output: Path, as_json: bool) -> None:
+    """The receipt for a program or for people."""
+    if as_json:
+        _show.emit(as_dict(receipt, output))
+    else:
+        show(receipt, output)
+
+
 def show(receipt: "Receipt", output: Path) -> None:
     """The receipt in a dozen lines."""
     _show.table((str(output), ""), list(lines(receipt)))

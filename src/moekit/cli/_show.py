@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
 from rich.console import Console
@@ -14,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-Advance = Callable[[int, int], None]
-"""Called with (steps done, steps in all) while something runs."""
+Advance = Callable[..., None]
+"""Called with (steps done, steps in all) while something runs, and the name of the part where it has several."""
 
 _PATIENCE = 2.0
 """Seconds before a progress bar appears."""
@@ -102,7 +102,8 @@ def parameters(count: float) -> str:
 
 @contextmanager
 def progress(label: str) -> Iterator[Advance]:
-    """A bar with an estimate of the time left, on standard error, once the work has taken two seconds."""
+    """A bar with an estimate of the time left, on standard error, once the work has taken two seconds. Each part of
+    the work has its own estimate."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -116,8 +117,13 @@ def progress(label: str) -> Iterator[Advance]:
     )
     begun = time.monotonic()
     task = bar.add_task(label, total=None)
+    current = ""
 
-    def advance(done: int, total: int) -> None:
+    def advance(done: float, total: int, what: str = "") -> None:
+        nonlocal current
+        if what != current:
+            current = what
+            bar.reset(task, description=f"{label}: {what}")
         bar.update(task, completed=done, total=total)
         if time.monotonic() - begun > _PATIENCE:
             bar.start()
@@ -128,13 +134,74 @@ def progress(label: str) -> Iterator[Advance]:
         bar.stop()
 
 
-class Watched:
-    """A runner whose passes show a progress bar; it is one itself."""
+class Parts:
+    """Progress told as (what, steps done, steps in all), and of what goes on inside the present step."""
 
-    def __init__(self, runner: Any, label: str) -> None:
+    def __init__(self, advance: Advance) -> None:
+        self._advance = advance
+        self._now = ("", 0, 1)
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        self._now = (what, done, total)
+        self._advance(done, total, what)
+
+    def inside(self, done: int, total: int) -> None:
+        what, steps, of = self._now
+        self._advance(steps + done / max(total, 1), of, what)
+
+
+@contextmanager
+def parts(label: str) -> Iterator[Parts]:
+    """:func:`progress` of work that says which part of it is going on."""
+    with progress(label) as advance:
+        yield Parts(advance)
+
+
+class Watched:
+    """A runner whose passes show a progress bar; it is one itself. Layers, or batches in memory, move the bar.
+
+    Two that run side by side share one bar: ``beside`` gives the second.
+    """
+
+    def __init__(self, runner: Any, label: str, bar: "_Shared | None" = None) -> None:
         self.runner, self.model, self.label = runner, runner.model, label
+        self._bar = bar or _Shared(label)
+
+    def beside(self, runner: Any) -> "Watched":
+        return Watched(runner, self.label, self._bar)
 
     def forward(self, batches: Sequence[Any]) -> Iterator[Any]:
-        """As the runner's own; layers, or batches in memory, move the bar."""
-        with progress(self.label) as advance:
+        """As the runner's own."""
+        with self._bar.open() as advance:
             yield from self.runner.forward(batches, on_layer=advance)
+
+
+class _Shared:
+    """One bar for all who have it open: the steps of each add up."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._stack = ExitStack()
+        self._steps: dict[int, tuple[int, int]] = {}
+        self._users = 0
+
+    @contextmanager
+    def open(self) -> Iterator[Advance]:
+        if not self._users:
+            self._advance = self._stack.enter_context(progress(self._label))
+            self._steps.clear()
+        self._users += 1
+        me = len(self._steps)
+        self._steps[me] = (0, 0)
+
+        def advance(done: int, total: int) -> None:
+            self._steps[me] = (done, total)
+            dones, totals = zip(*self._steps.values(), strict=True)
+            self._advance(sum(dones), sum(totals))
+
+        try:
+            yield advance
+        finally:
+            self._users -= 1
+            if not self._users:
+                self._stack.close()

@@ -5,33 +5,22 @@ from typing import Annotated, Any
 
 import typer
 
-from moekit.cli import _receipt, _show
-from moekit.cli._options import (
-    Device,
-    Format,
-    Json,
-    Materialise,
-    MaxRam,
-    Model,
-    OutputDir,
-    Overwrite,
-    ProfileFile,
-    Text,
-)
-from moekit.cli._work import check_output, held_out
+from moekit.cli import _receipt
+from moekit.cli._groups import grouped
+from moekit.cli._options import Json, Machine, Model, OutputDir, ProfileFile, Text, Written
+from moekit.cli._work import carried_out, check_output, held_out
 
 
+@grouped
 def apply(
     model: Model,
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan made by `moekit plan`.")],
     output: OutputDir,
+    *,
     text: Text = [],  # noqa: B006
     profile: ProfileFile = None,
-    format: Format = "auto",
-    materialise: Materialise = False,
-    max_ram: MaxRam = None,
-    device: Device = "auto",
-    overwrite: Overwrite = False,
+    written: Written,
+    machine: Machine,
     as_json: Json = False,
 ) -> None:
     """Write the model that a plan makes, layer by layer, with a receipt; resumes if it was interrupted.
@@ -43,10 +32,9 @@ def apply(
       moekit apply moekit:mini half.json --output out/half --profile mini.profile
       moekit apply ./model plan.json --output out/small --text held-out.txt --max-ram 3GB
     """
-    check_output(output, overwrite)
+    check_output(output, written.overwrite)
     from moekit.checkpoint import Checkpoint
     from moekit.plan import Plan
-    from moekit.plan import apply as carry_out
     from moekit.profile import Profile
 
     made = Plan.load(plan)
@@ -56,20 +44,5 @@ def apply(
         seen = Profile.load(profile)
         seen.check_source(checkpoint.fingerprint)
         aside = seen.held_out
-    with _show.progress(f"apply {plan}") as advance:
-        receipt = carry_out(
-            checkpoint,
-            made,
-            output,
-            text=aside or None,
-            max_ram=max_ram,
-            format=format,
-            materialise=materialise,
-            overwrite=overwrite,
-            device=device,
-            progress=advance,
-        )
-    if as_json:
-        _show.emit(_receipt.as_dict(receipt, output))
-    else:
-        _receipt.show(receipt, output)
+    receipt = carried_out(checkpoint, made, output, aside, written, machine, f"apply {plan}")
+    _receipt.tell(receipt, output, as_json)

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moekit.cli import _curve, _receipt, _show
-from moekit.cli._options import Json, Overwrite
-from moekit.cli._work import check_output
-from moekit.cli.fit import search
+from moekit.cli._options import Json, Machine, Overwrite, Written
+from moekit.cli._work import carried_out, check_output
+from moekit.cli.fit import prove, search
 from moekit.cli.inspect import inspect
 
 if TYPE_CHECKING:
@@ -43,30 +43,25 @@ def demo(
 def run(output: Path, ratio: float, overwrite: bool) -> dict[str, Any]:
     """Every step in turn, shown as it goes; returns the receipt and the figures before and after."""
     from moekit.checkpoint import Checkpoint
-    from moekit.plan import apply
-    from moekit.plan.verify import verify
 
     output.mkdir(parents=True, exist_ok=True)
     smaller, curve = output / "model", output / "curve.html"
-    checkpoint = Checkpoint.open(MODEL)
+    checkpoint, machine = Checkpoint.open(MODEL), Machine()
     _show.say("== 1. inspect ==", "")
     inspect(MODEL)
     _show.say("", "== 2. profile ==", "")
     seen = _profiled(checkpoint, output, overwrite)
     _show.say("", f"== 3. fit: remove {ratio:.0%} of its bytes ==", "")
-    result, judge = search(checkpoint, seen, {"ratio": ratio})
+    result, judge = search(checkpoint, seen, {"ratio": ratio}, machine)
     _curve.write(result.curve, result.nbytes, curve, f"{MODEL}: size against predicted loss")
     _show.say(result.describe(), "")
     _curve.show(result.curve, result.nbytes)
     _show.say("")
-    with _show.progress("apply") as advance:
-        receipt = apply(checkpoint, result.plan, smaller, text=judge, overwrite=overwrite, progress=advance)
+    receipt = carried_out(checkpoint, result.plan, smaller, judge, Written(overwrite=overwrite), machine, "apply")
     _receipt.show(receipt, smaller)
     _show.say("", "== 4. verify ==", "")
-    with _show.progress("verify") as advance:
-        report = verify(smaller, checkpoint, progress=advance)
-    report.require()
-    _show.say(f"{report.tensors} tensors recomputed from source and plan: all equal")
+    tensors = prove(smaller, checkpoint, machine)
+    _show.say(f"{tensors} tensors recomputed from source and plan: all equal")
     _show.say("", "== 5. before and after, on text and tasks that nothing was fitted to ==", "")
     before, after = measure(checkpoint), measure(Checkpoint.open(smaller))
     sizes = [_show.gigabytes(receipt.nbytes[key]) for key in ("before", "after")]

@@ -1,16 +1,20 @@
 """`moekit eval`: what a model scores."""
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
 from moekit.cli import _receipt, _show
-from moekit.cli._options import Device, Json, MaxRam, Model, Text
+from moekit.cli._groups import grouped
+from moekit.cli._options import Json, Machine, Model, Text
 from moekit.errors import OptionError
 
 
+@grouped
 def evaluate(
     model: Model,
+    *,
     text: Text = [],  # noqa: B006
     task: Annotated[
         list[str], typer.Option("--task", metavar="TASK", help="An exact task of the lab, or `all`. Repeatable.")
@@ -20,8 +24,7 @@ def evaluate(
     ] = None,
     examples: Annotated[int, typer.Option("--examples", metavar="N", min=1, help="Examples of each task.")] = 200,
     length: Annotated[int, typer.Option("--length", metavar="N", min=2, help="Tokens in one window of text.")] = 512,
-    max_ram: MaxRam = None,
-    device: Device = "auto",
+    machine: Machine,
     as_json: Json = False,
 ) -> None:
     """Measure bits per byte on text, exact match on tasks, and the divergence from a reference model.
@@ -48,15 +51,15 @@ def evaluate(
     checkpoint = Checkpoint.open(model)
     tokenizer = checkpoint.tokenizer()
     texts = read_texts(text, tokenizer) if text else {}
-    runner = _show.Watched(open_model(checkpoint, device=device, max_ram=max_ram), f"run {model}")
+    runner = _show.Watched(open_model(checkpoint, **asdict(machine)), f"run {model}")
     found: dict[str, Any] = {"model": model, "bits_per_byte": {}, "exact_match": {}}
     if texts:
         found["bits_per_byte"] = bits_per_byte(runner, texts, tokenizer, length=length)
     found["exact_match"] = {name: exact_match(runner, tokenizer, _examples(name, examples)) for name in names}
     if against:
-        watched = _show.Watched(open_model(against, device=device, max_ram=max_ram), f"run {against}")
+        reference = runner.beside(open_model(against, **asdict(machine)))
         cut = together({domain: windows(lines, tokenizer, length=length) for domain, lines in texts.items()})
-        found |= {"against": against, "divergence": compare(watched, runner, cut).as_dict()}
+        found |= {"against": against, "divergence": compare(reference, runner, cut).as_dict()}
     if as_json:
         scores = ("bits_per_byte", "exact_match")
         _show.emit(found | {key: {name: vars(value) for name, value in found[key].items()} for key in scores})

@@ -1,33 +1,27 @@
 """`moekit fit`: a solver chooses what to keep, and at what precision, to lose least within a budget."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moekit.cli import _curve, _receipt, _show
-from moekit.cli._options import (
-    Device,
-    Format,
-    HeldOut,
-    Json,
-    Materialise,
-    MaxRam,
-    MaxTokens,
-    Model,
-    Overwrite,
-    ProfileFile,
-    Text,
-)
-from moekit.cli._work import check_output, held_out, observed
+from moekit.cli._groups import grouped
+from moekit.cli._options import HeldOut, Json, Machine, Model, Observed, Written
+from moekit.cli._work import carried_out, check_output, held_out, observed
 from moekit.errors import OptionError
 
 if TYPE_CHECKING:
+    from moekit.checkpoint import Checkpoint
     from moekit.plan import FitResult, Receipt
+    from moekit.profile import Profile
 
 
+@grouped
 def fit(
     model: Model,
+    *,
     size: Annotated[
         str | None, typer.Option("--size", metavar="SIZE", help="Size of the weights, such as 6GB.")
     ] = None,
@@ -42,19 +36,14 @@ def fit(
     output: Annotated[
         Path | None, typer.Option("--output", metavar="DIR", help="Folder to write; must not exist yet.")
     ] = None,
-    profile: ProfileFile = None,
-    text: Text = [],  # noqa: B006
+    seen: Observed,
     aside: HeldOut = [],  # noqa: B006
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what it would do, write no model.")] = False,
     curve: Annotated[
         Path | None, typer.Option("--curve", metavar="FILE", help="Write size against loss to FILE.html or FILE.png.")
     ] = None,
-    format: Format = "auto",
-    materialise: Materialise = False,
-    max_tokens: MaxTokens = None,
-    max_ram: MaxRam = None,
-    device: Device = "auto",
-    overwrite: Overwrite = False,
+    written: Written,
+    machine: Machine,
     as_json: Json = False,
 ) -> None:
     """Fit a model into a size, losing least: shows the plan, then applies it, checks it and measures what it cost.
@@ -68,16 +57,16 @@ def fit(
     if output is None and not dry_run:
         raise OptionError("nowhere to write: give --output DIR, or --dry-run to only look")
     if output is not None:
-        check_output(output, overwrite)
+        check_output(output, written.overwrite)
     if curve is not None:
         _curve.check(curve)
     from moekit.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open_headers(model) if dry_run else Checkpoint.open(model)
     checked = held_out(aside, checkpoint) if aside else None
-    seen = observed(checkpoint, model, profile, text, max_tokens=max_tokens, max_ram=max_ram, device=device)
+    profile = observed(checkpoint, model, seen, machine)
     budget = {"size": size, "memory": memory, "context": context, "ratio": ratio}
-    result, judge = search(checkpoint, seen, budget, format=format, device=device, max_ram=max_ram)
+    result, judge = search(checkpoint, profile, budget, machine, format=written.format)
     if curve is not None:
         _curve.write(result.curve, result.nbytes, curve, f"{model}: size against predicted loss")
     if not as_json:
@@ -86,60 +75,43 @@ def fit(
         _show.say("")
     receipt = None
     if output is not None and not dry_run:
-        receipt = _carry_out(
-            checkpoint,
-            result,
-            output,
-            text=checked or judge or None,
-            format=format,
-            materialise=materialise,
-            overwrite=overwrite,
-            max_ram=max_ram,
-            device=device,
-        )
+        receipt = carried_out(checkpoint, result.plan, output, checked or judge, written, machine, f"apply to {model}")
+        prove(output, checkpoint, machine)
     _report(result, receipt, output, as_json)
 
 
-def _carry_out(checkpoint: Any, result: "FitResult", output: Path, **options: Any) -> "Receipt":
-    """Apply the plan, then compute every tensor again and compare; VerificationError where they differ."""
-    from moekit.plan import apply
+def prove(output: Path, checkpoint: "Checkpoint", machine: Machine) -> int:
+    """Compute every tensor of an output again and compare; how many. VerificationError where they differ."""
     from moekit.plan.verify import verify
 
-    with _show.progress(f"apply to {checkpoint.path.name}") as advance:
-        receipt = apply(checkpoint, result.plan, output, progress=advance, **options)
     with _show.progress(f"verify {output}") as advance:
-        verify(output, checkpoint, max_ram=options["max_ram"], device=options["device"], progress=advance).require()
-    return receipt
+        report = verify(output, checkpoint, progress=advance, **asdict(machine))
+    report.require()
+    return report.tensors
 
 
 def search(
-    checkpoint: Any,
-    seen: Any,
+    checkpoint: "Checkpoint",
+    profile: "Profile",
     budget: dict[str, Any],
+    machine: Machine,
     *,
     format: str = "auto",
-    device: str = "auto",
-    max_ram: str | None = None,
 ) -> tuple["FitResult", Any]:
     """The solver's result, and the tokens kept aside that had no part in it.
 
-    Plans are compared by running them where the model is at hand and fits in memory; else the prediction decides.
+    Plans are compared by running them where the model is at hand; else the prediction decides.
     """
     from moekit.plan import fit as solve
     from moekit.plan import live_loss, split_held_out
 
-    choose, judge = split_held_out(seen.held_out)
+    choose, judge = split_held_out(profile.held_out)
     remote = checkpoint.is_remote
-    evaluate = None if remote else live_loss(checkpoint, choose, device=device, max_ram=max_ram)
-    with _show.progress("fit") as advance:
+    with _show.parts("fit") as tell:
+        tell("running the source", 0, 1)
+        evaluate = None if remote else live_loss(checkpoint, choose, progress=tell.inside, **asdict(machine))
         result = solve(
-            checkpoint,
-            seen,
-            evaluate=evaluate,
-            weights=not remote,
-            format=format,
-            progress=lambda what, done, total: advance(done, total),
-            **budget,
+            checkpoint, profile, evaluate=evaluate, weights=not remote, format=format, progress=tell, **budget
         )
     return result, judge
 
@@ -155,6 +127,7 @@ def _report(result: "FitResult", receipt: "Receipt | None", output: Path | None,
                 "predicted": result.predicted,
                 "measured_on_calibration": result.measured,
                 "measured": measured,
+                "measured_over_predicted": result.spread,
                 "levers": result.levers,
                 "candidates": [
                     {"name": one.name, "predicted": one.predicted, "measured": one.measured}

@@ -6,23 +6,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moekit.cli import _show
-from moekit.cli._options import Device, Json, MaxRam, MaxTokens, Model, Overwrite, ProfileFile, Text, With
-from moekit.cli._work import observed
-from moekit.errors import OptionError, OutputError
+from moekit.cli._groups import grouped
+from moekit.cli._options import Json, Machine, Model, Observed, Overwrite, With
+from moekit.cli._work import planned
+from moekit.errors import OutputError
 
 if TYPE_CHECKING:
     from moekit.plan import Plan
 
 
+@grouped
 def plan(
     model: Model,
     output: Annotated[Path, typer.Option("--output", metavar="FILE", help="The plan to write (JSON).")],
+    *,
     methods: With = [],  # noqa: B006
-    profile: ProfileFile = None,
-    text: Text = [],  # noqa: B006
-    max_tokens: MaxTokens = None,
-    max_ram: MaxRam = None,
-    device: Device = "auto",
+    seen: Observed,
+    machine: Machine,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -38,7 +38,7 @@ def plan(
     from moekit.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(model)
-    made = decide(checkpoint, model, methods, profile, text, max_tokens=max_tokens, max_ram=max_ram, device=device)
+    made, _ = planned(checkpoint, model, methods, seen, machine)
     made.save(output, overwrite=overwrite)
     described = describe(made, checkpoint)
     if as_json:
@@ -46,21 +46,6 @@ def plan(
     else:
         show(described)
         _show.say("", f"wrote {output}; apply it with: moekit apply {model} {output} --output DIR")
-
-
-def decide(
-    checkpoint: Any, name: str, methods: list[str], profile: Path | None, text: list[str], **options: Any
-) -> "Plan":
-    """The plan of methods in sequence; a profile is read or made only where one of them needs it."""
-    if not methods:
-        raise OptionError("no method given: name one with --with, such as --with reap:keep=0.5")
-    from moekit.compress import sequence
-    from moekit.plan import make_plan
-
-    planners = sequence(methods)
-    needed = any(planner.needs for planner in planners) or profile is not None or text
-    seen = observed(checkpoint, name, profile, text, **options) if needed else None
-    return make_plan(planners, checkpoint, seen)
 
 
 def describe(made: "Plan", checkpoint: Any) -> dict[str, Any]:

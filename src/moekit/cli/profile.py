@@ -1,18 +1,22 @@
 """`moekit profile`: watch a model route text."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from moekit.cli import _show
-from moekit.cli._options import Device, Json, MaxRam, MaxTokens, Model, Overwrite, Text
+from moekit.cli._groups import grouped
+from moekit.cli._options import Json, Machine, MaxTokens, Model, Overwrite, Text
 from moekit.errors import OptionError, OutputError
 
 
+@grouped
 def profile(
     model: Model,
     output: Annotated[Path, typer.Option("--output", metavar="FILE", help="The profile to write.")],
+    *,
     text: Text = [],  # noqa: B006
     report: Annotated[
         Path | None,
@@ -27,8 +31,7 @@ def profile(
     ] = 0,
     max_tokens: MaxTokens = None,
     seed: Annotated[int, typer.Option("--seed", help="Which sequences are used and kept aside.")] = 0,
-    max_ram: MaxRam = None,
-    device: Device = "auto",
+    machine: Machine,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -60,10 +63,9 @@ def profile(
             max_tokens=max_tokens,
             statistics=names,
             decode_tokens=decode_tokens,
-            max_ram=max_ram,
-            device=device,
             seed=seed,
             progress=advance,
+            **asdict(machine),
         )
     found.save(output, overwrite=overwrite)
     if report is not None:

@@ -8,16 +8,18 @@ from typing import Annotated, Any
 import typer
 
 from moekit.cli import _receipt, _show
-from moekit.cli._options import Device, Json, MaxRam, Text
+from moekit.cli._groups import grouped
+from moekit.cli._options import Json, Machine, Text
 from moekit.cli._work import held_out
 
 
+@grouped
 def verify(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="An output of apply, compress or fit.")],
     against: Annotated[str, typer.Option("--against", metavar="MODEL", help="The model it was made from.")],
+    *,
     text: Text = [],  # noqa: B006
-    max_ram: MaxRam = None,
-    device: Device = "auto",
+    machine: Machine,
     as_json: Json = False,
 ) -> None:
     """Recompute every tensor of an output from its source and plan, and compare; trusts nothing that lies in DIR.
@@ -34,9 +36,7 @@ def verify(
 
     checkpoint = Checkpoint.open(against)
     with _show.progress(f"verify {directory}") as advance:
-        report = prove(
-            directory, checkpoint, text=held_out(text, checkpoint), max_ram=max_ram, device=device, progress=advance
-        )
+        report = prove(directory, checkpoint, text=held_out(text, checkpoint), **asdict(machine), progress=advance)
     if as_json:
         _show.emit({"ok": report.ok, **asdict(report)})
     else:

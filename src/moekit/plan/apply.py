@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from moekit.plan.reload import reload_in_fresh_process
 from moekit.stream import memory
 
 PLAN = "plan.json"
-Progress = Callable[[int, int], None]
+Progress = Callable[[str, int, int], None]
 
 _PYTHON_BYTES = 700_000_000
 """What a fresh process that loads a model takes besides the weights."""
@@ -55,7 +56,7 @@ def apply(
         max_ram: cap on this process's peak resident set, in bytes or as "3GB".
         format: "auto", "stock", "moekit" or "compressed-tensors"; see :mod:`moekit.plan.target`.
         materialise: let stock formats pad layers and repeat shared experts.
-        progress: told (done, total) units.
+        progress: told (what, done, total): of the source on the held-out text, of the units written, of the output.
 
     Raises:
         PlanError: the plan does not fit the source, or the format cannot express it; before anything is written.
@@ -69,12 +70,13 @@ def apply(
     production = produce(checkpoint, plan, format, materialise)
     _check_loadable(checkpoint, production)
     windows = None if text is None else held_out.cut(checkpoint, text)
+    tell = progress or (lambda what, done, total: None)
     _require(cap, checkpoint, production, windows)
     job = _job(checkpoint, plan, production, materialise)
     with Writer(output, source=checkpoint, job=job, overwrite=overwrite) as writer:
-        run = _Run(checkpoint, plan, production, writer, cap, device)
+        run = _Run(checkpoint, plan, production, writer, cap, device, tell)
         recording = run.record(windows) if windows is not None else None
-        run.write(progress)
+        run.write()
         run.seal()
         return run.finish(job, recording, started)
 
@@ -127,23 +129,24 @@ class _Run:
     writer: Writer
     cap: memory.Cap
     device: str
+    tell: Progress
 
     def record(self, windows: Windows) -> held_out.Recording:
         """The source's logits, before anything is written."""
         recording = held_out.Recording(self.writer.scratch("held-out"), windows, self.checkpoint.fingerprint)
-        held_out.record_source(self.checkpoint, recording, device=self.device, max_ram=self.cap)
+        tell = partial(self.tell, "measuring the source")
+        held_out.record_source(self.checkpoint, recording, device=self.device, max_ram=self.cap, progress=tell)
         memory.trim()
         return recording
 
-    def write(self, progress: Progress | None) -> None:
+    def write(self) -> None:
         units = self.production.units
         for done, unit in enumerate(units):
             if not self.writer.done(unit.name):
                 self.writer.put(unit.name, unit.tensors)
                 if self.cap.limit is not None:
                     memory.trim()
-            if progress is not None:
-                progress(done + 1, len(units))
+            self.tell("writing", done + 1, len(units))
 
     def seal(self) -> None:
         self.writer.seal(self.production.config)
@@ -154,7 +157,8 @@ class _Run:
         divergence = None
         if recording is not None:
             output = Checkpoint.open(self.writer.partial)
-            found = held_out.divergence(output, recording, device=self.device, max_ram=self.cap)
+            tell = partial(self.tell, "measuring the output")
+            found = held_out.divergence(output, recording, device=self.device, max_ram=self.cap, progress=tell)
             divergence = {**found.as_dict(), "text": held_out.fingerprint(recording.text)}
         files = [name for name, _ in companion_files(self.checkpoint.path)]
         done = Receipt(

@@ -20,7 +20,7 @@ from moekit.checkpoint.reader import Reader
 from moekit.checkpoint.shards import layout, write_shard
 from moekit.errors import OutputError, TextError
 from moekit.measure import LENGTH, Divergence, Windows, compare, pad_batches, together, windows
-from moekit.stream import memory, open_model, smallest_cap
+from moekit.stream import Runner, memory, open_model, smallest_cap
 from moekit.stream.memory import Cap
 
 if TYPE_CHECKING:
@@ -154,7 +154,23 @@ def record_source(
 
 
 def divergence(
-    output: Checkpoint, recording: Recording | Replay, *, device: str = "auto", max_ram: Cap | None = None
+    output: Checkpoint,
+    recording: Recording | Replay,
+    *,
+    device: str = "auto",
+    max_ram: Cap | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Divergence:
-    """The output against the recorded source: KL, top-1 agreement, bits per byte of both."""
-    return compare(recording, open_model(output, device=device, max_ram=max_ram), recording.text)
+    """The output against the recorded source: KL, top-1 agreement, bits per byte of both. ``progress`` is told of
+    (done, total) layers, or batches where the output runs in memory."""
+    return compare(recording, _Told(open_model(output, device=device, max_ram=max_ram), progress), recording.text)
+
+
+class _Told:
+    """A runner that says how far it is."""
+
+    def __init__(self, runner: Runner, progress: Callable[[int, int], None] | None) -> None:
+        self.model, self._runner, self._progress = runner.model, runner, progress
+
+    def forward(self, batches: Sequence[dict[str, Tensor]]) -> Iterator[Tensor]:
+        return self._runner.forward(batches, on_layer=self._progress)

@@ -76,6 +76,7 @@ class LiveLoss:
         *,
         rows: int = BATCH,
         kept: int = KEPT_LOGITS,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self._runner, self._source = runner, source
         self._blocks: dict[str, MoEBlock] = {block.name: block for block in blocks(runner.model)}
@@ -85,7 +86,7 @@ class LiveLoss:
         vocabulary = runner.model.config.get_text_config().vocab_size
         positions = sum(batch.numel() for batch in self._batches)
         self._step = max(1, -(-positions * vocabulary // kept))
-        self.progress: Callable[[int, int], None] | None = None
+        self.progress = progress
         self.evaluations = 0
         self._reference = list(self._log_probabilities())
 

@@ -6,7 +6,7 @@ and before anything runs through it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,8 @@ from moekit.stream.memory import Cap, cap
 if TYPE_CHECKING:
     from moekit.checkpoint import Checkpoint, MoELayer
 
+Progress = Callable[[int, int], None]
+
 FEWEST_POSITIONS = 256
 """Positions of which the reference is kept at least: fewer would say nothing."""
 WORKING_COPIES = 8
@@ -38,11 +40,13 @@ def live_loss(
     tokens: int = TOKENS,
     device: str = "auto",
     max_ram: int | float | str | None = None,
+    progress: Progress | None = None,
 ) -> LiveLoss | None:
     """Losses of plans on about ``tokens`` tokens, domains in turn: in memory where the model fits, else streamed. None
     where there is nothing to run it on.
 
-    In float32; streamed under a cap too small for a layer of that, in the checkpoint's own dtype.
+    In float32; streamed under a cap too small for a layer of that, in the checkpoint's own dtype. ``progress`` is told
+    of (done, total) steps of each pass, the source's own first.
 
     Raises:
         BudgetError: the cap is too small for that too; names the smallest that works.
@@ -51,16 +55,23 @@ def live_loss(
     if not chosen:
         return None
     try:
-        return _opened(source, chosen, device, limit, torch.float32)
+        return _opened(source, chosen, device, limit, torch.float32, progress)
     except BudgetError:
-        return _opened(source, chosen, device, limit, None)
+        return _opened(source, chosen, device, limit, None, progress)
 
 
 def _opened(
-    source: Checkpoint, chosen: Sequence[np.ndarray], device: str, limit: Cap, dtype: torch.dtype | None
+    source: Checkpoint,
+    chosen: Sequence[np.ndarray],
+    device: str,
+    limit: Cap,
+    dtype: torch.dtype | None,
+    progress: Progress | None,
 ) -> LiveLoss:
     runner = open_model(source, device=device, max_ram=limit, dtype=dtype)
-    return LiveLoss(runner, source, chosen) if isinstance(runner, LoadedModel) else StreamedLoss(runner, source, chosen)
+    if isinstance(runner, LoadedModel):
+        return LiveLoss(runner, source, chosen, progress=progress)
+    return StreamedLoss(runner, source, chosen, progress)
 
 
 class StreamedLoss(LiveLoss):
@@ -73,7 +84,13 @@ class StreamedLoss(LiveLoss):
 
     reads_disk = True
 
-    def __init__(self, runner: StreamedModel, source: Checkpoint, sequences: Sequence[np.ndarray]) -> None:
+    def __init__(
+        self,
+        runner: StreamedModel,
+        source: Checkpoint,
+        sequences: Sequence[np.ndarray],
+        progress: Progress | None = None,
+    ) -> None:
         self._checkpoint = source
         live = {block.name: block for block in blocks(runner.model)}
         sizes = [rewriting_bytes(layer, live[layer.name]) for layer in source.moe_layers if layer.name in live]
@@ -86,7 +103,7 @@ class StreamedLoss(LiveLoss):
         room = runner.cap.room()
         kept = KEPT_LOGITS if room is None else min(KEPT_LOGITS, max(least, (room - needed) // 2) // 4)
         runner.edit = self._rewrite
-        super().__init__(runner, source, sequences, rows=1, kept=kept)
+        super().__init__(runner, source, sequences, rows=1, kept=kept, progress=progress)
 
     def _set(self, block: MoEBlock, plan: LayerPlan) -> None:
         self._mask(block, plan)  # its weights follow when they are there

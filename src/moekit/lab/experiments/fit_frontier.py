@@ -17,8 +17,9 @@ interval reaches zero falsifies it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -29,9 +30,9 @@ from moekit.checkpoint import Checkpoint
 from moekit.compress import sequence
 from moekit.lab.experiments import Advance, Outcome
 from moekit.measure import Interval, windows
-from moekit.plan import LiveLoss, Plan, fit, make_plan
+from moekit.plan import LiveLoss, Plan, PlannedSource, fit, make_plan
 from moekit.plan.sizes import plan_nbytes
-from moekit.profile import Profile, profile
+from moekit.profile import profile
 from moekit.stream import LoadedModel
 
 DOMAINS = ("python", "prose", "c", "arithmetic")
@@ -108,9 +109,14 @@ class Trial:
         tests = [self._text(domain, "test", TEST_BYTES, seed) for domain in self.draws]
         judging = LiveLoss(self.runner, self.source, self._rows(tests))
         losses: dict[str, Losses] = {}
+
+        @cache
+        def decided(name: str, keep: int) -> Plan:
+            return make_plan(sequence([f"{name}:keep={keep}"]), self.source, seen)
+
         for ratio, result in chosen.items():
             losses[ratio] = {"fit": judging(result.plan)}
-            for name, plan in single_plans(self.source, seen, result.budget.nbytes):
+            for name, plan in single_plans(self.source, result.budget.nbytes, decided):
                 losses[ratio][name] = judging(plan)
         judging.restore()
         return losses
@@ -128,10 +134,11 @@ class Trial:
         return [row[mask].numpy() for ids, masks in pairs for row, mask in zip(ids, masks, strict=True)]
 
 
-def single_plans(source: Checkpoint, seen: Profile, budget: int) -> Iterator[tuple[str, Plan]]:
-    """Every single method, with the most experts per layer whose weight files take no more than ``budget`` bytes."""
+def single_plans(source: Checkpoint, budget: int, decided: Callable[[str, int], Plan]) -> Iterator[tuple[str, Plan]]:
+    """Every single method, with the most experts per layer whose weight files take no more than ``budget`` bytes.
+    ``decided(name, keep)`` is the plan of a method that keeps so many."""
     for spec in ROUNDING:
-        plan = make_plan(sequence([spec]), source, seen)
+        plan = make_plan(sequence([spec]), source)
         if plan_nbytes(plan, source) <= budget:
             yield spec, plan
     layer = source.moe_layers[0]
@@ -141,7 +148,8 @@ def single_plans(source: Checkpoint, seen: Profile, budget: int) -> Iterator[tup
             low, high = layer.top_k, layer.num_experts - 1
             while low <= high:
                 keep = (low + high) // 2
-                plan = make_plan(sequence([f"{name}:keep={keep}", *rounding]), source, seen)
+                kept = decided(name, keep)
+                plan = kept.then(make_plan(sequence(rounding), PlannedSource(source, kept)))
                 if plan_nbytes(plan, source) <= budget:
                     best, low = plan, keep + 1
                 else:
