@@ -63,7 +63,7 @@ def test_gptq_into_a_packed_bank(grid, bits: int) -> None:
         name: gptq(weight, moments(weight.shape[-1]), grid(bits=bits, group_size=8))[0]
         for name, weight in parts(source).items()
     }
-    experts = [{name: as_codes(rounded, e) for name, rounded in made.items()} for e in range(EXPERTS)]
+    experts = [{name: as_codes(rounded.expert(e)) for name, rounded in made.items()} for e in range(EXPERTS)]
     bank = PackedBank.from_codes(experts, bits, 8, dtype=torch.float32)
     decodes_to(bank, {name: rounded.weight for name, rounded in made.items()})
 
@@ -73,7 +73,7 @@ def test_gptq_into_a_packed_bank(grid, bits: int) -> None:
 def test_rounding_is_the_packed_banks_own(bits: int, group_size: int) -> None:
     source = dense()
     made = {n: round_to_nearest(w, Asymmetric(bits=bits, group_size=group_size)) for n, w in parts(source).items()}
-    experts = [{name: as_codes(rounded, e) for name, rounded in made.items()} for e in range(EXPERTS)]
+    experts = [{name: as_codes(rounded.expert(e)) for name, rounded in made.items()} for e in range(EXPERTS)]
     bank = PackedBank.from_codes(experts, bits, group_size, dtype=torch.float32)
     assert same(bank, PackedBank.quantise(source, bits, group_size))
 
@@ -82,7 +82,7 @@ def test_rounding_is_the_packed_banks_own(bits: int, group_size: int) -> None:
 def test_gptq_into_a_ternary_bank(grid) -> None:
     source = dense()
     made = {name: gptq(weight, moments(weight.shape[-1]), grid)[0] for name, weight in parts(source).items()}
-    experts = [{name: as_ternary(rounded, e) for name, rounded in made.items()} for e in range(EXPERTS)]
+    experts = [{name: as_ternary(rounded.expert(e)) for name, rounded in made.items()} for e in range(EXPERTS)]
     bank = TernaryBank.from_symbols(experts, dtype=torch.float32)
     decodes_to(bank, {name: rounded.weight for name, rounded in made.items()})
 
@@ -90,7 +90,7 @@ def test_gptq_into_a_ternary_bank(grid) -> None:
 def test_ternary_rounding_is_the_ternary_banks_own() -> None:
     source = dense()
     made = {name: round_to_nearest(weight, TernaryMinMax()) for name, weight in parts(source).items()}
-    experts = [{name: as_ternary(rounded, e) for name, rounded in made.items()} for e in range(EXPERTS)]
+    experts = [{name: as_ternary(rounded.expert(e)) for name, rounded in made.items()} for e in range(EXPERTS)]
     assert same(TernaryBank.from_symbols(experts, dtype=torch.float32), TernaryBank.quantise(source))
 
 
@@ -100,7 +100,7 @@ def test_planes_into_a_nested_bank(whitened: bool, base_bits: int) -> None:
     source = dense()
     grid = Asymmetric(bits=base_bits, group_size=8)
     made = {n: nested(w, grid, 2, moments(w.shape[-1]) if whitened else None) for n, w in parts(source).items()}
-    experts = [{name: as_planes(planes, e) for name, planes in made.items()} for e in range(EXPERTS)]
+    experts = [{name: as_planes(planes.expert(e)) for name, planes in made.items()} for e in range(EXPERTS)]
     bank = NestedBank.from_planes(experts, base_bits, 8, dtype=torch.float32)
     for planes in range(3):
         decodes_to(bank.at(base_bits + planes), {name: found.weight(planes) for name, found in made.items()})

@@ -209,6 +209,11 @@ class Rounded:
     parameters: Mapping[str, Tensor]
     weight: Tensor
 
+    def expert(self, index: int) -> Rounded:
+        """One of several experts [E, R, C], as [R, C]."""
+        parameters = {name: tensor[index] for name, tensor in self.parameters.items()}
+        return Rounded(self.codes[index], parameters, self.weight[index])
+
 
 def round_to_nearest(weight: Tensor, grid: Grid) -> Rounded:
     """Every weight [..., R, C] to the nearest point of its group; the last group of a row may be short.

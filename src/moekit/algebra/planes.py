@@ -29,6 +29,10 @@ class Planes:
     signs: tuple[Rounded, ...]
     reports: tuple[GptqReport, ...] = ()
 
+    def expert(self, index: int) -> Planes:
+        """One of several experts [E, R, C], as [R, C], without the reports."""
+        return Planes(self.base.expert(index), tuple(plane.expert(index) for plane in self.signs))
+
     def weight(self, planes: int) -> Tensor:
         """The base and the first ``planes`` planes, added up in that order: float32 [..., R, C]."""
         if not 0 <= planes <= len(self.signs):

@@ -1,4 +1,4 @@
-"""From what rounding gives to what the bank formats take, expert by expert, without rounding again.
+"""From what rounding gives to what the bank formats take, a matrix [R, C] of one expert at a time, rounding nothing.
 
 Low-rank and shared factors need no such step: their tensors are those of `formats.Factors` and `formats.LatentBank`.
 """
@@ -10,18 +10,16 @@ from moekit.algebra.planes import Planes
 from moekit.formats import Codes, Plane, Ternary
 
 
-def as_codes(rounded: Rounded, expert: int) -> Codes:
-    """One expert of weights [E, R, C] on an asymmetric or symmetric grid, for `PackedBank.from_codes`."""
-    return Codes(rounded.codes[expert], rounded.parameters["scales"][expert], rounded.parameters["mins"][expert])
+def as_codes(rounded: Rounded) -> Codes:
+    """A matrix on an asymmetric or symmetric grid, for `PackedBank.from_codes`."""
+    return Codes(rounded.codes, rounded.parameters["scales"], rounded.parameters["mins"])
 
 
-def as_ternary(rounded: Rounded, expert: int) -> Ternary:
-    """One expert of weights [E, R, C] on a ternary grid of whole rows, for `TernaryBank.from_symbols`."""
-    low, high = (rounded.parameters[name][expert, :, 0] for name in ("low", "high"))
-    return Ternary(rounded.codes[expert].char() - 1, low, high)
+def as_ternary(rounded: Rounded) -> Ternary:
+    """A matrix on a ternary grid of whole rows, for `TernaryBank.from_symbols`."""
+    return Ternary(rounded.codes.char() - 1, rounded.parameters["low"][:, 0], rounded.parameters["high"][:, 0])
 
 
-def as_planes(planes: Planes, expert: int) -> tuple[Codes, list[Plane]]:
-    """One expert of nested weights [E, R, C], for `NestedBank.from_planes`."""
-    signs = [Plane(plane.codes[expert], -plane.parameters["mins"][expert]) for plane in planes.signs]
-    return as_codes(planes.base, expert), signs
+def as_planes(planes: Planes) -> tuple[Codes, list[Plane]]:
+    """A nested matrix, for `NestedBank.from_planes`."""
+    return as_codes(planes.base), [Plane(plane.codes, -plane.parameters["mins"]) for plane in planes.signs]
