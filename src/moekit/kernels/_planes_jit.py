@@ -13,6 +13,8 @@ from functools import cache
 from numba import njit
 from numpy import empty, float32, int32, int64
 
+NONE = float32(0)
+
 compiled = njit(nogil=True, fastmath=True, cache=True)
 
 
@@ -43,6 +45,26 @@ def ternary_row(codes_Q, offsets_N, levels_N4, entries_D, x_K, out_N):
             total += x_K[start + ((entry >> 14) & 31)] * levels_N4[n, (entry >> 19) & 3]
             start += entry >> 21
         out_N[n] = total
+
+
+@compiled
+def bits_row(packed_NB, scales_NC, mins_NC, x_8U, sums_C, out_N, width):
+    """The ``row`` of :func:`level` for one bit: a masked addition takes half the time of a conversion and a product."""
+    for n in range(out_N.shape[0]):
+        for c in range(scales_NC.shape[1]):
+            part, start = NONE, c * width
+            for i in range(width):
+                u = start + i
+                word = int32(packed_NB[n, u])
+                part += x_8U[0, u] if word & 1 else NONE
+                part += x_8U[1, u] if word & 2 else NONE
+                part += x_8U[2, u] if word & 4 else NONE
+                part += x_8U[3, u] if word & 8 else NONE
+                part += x_8U[4, u] if word & 16 else NONE
+                part += x_8U[5, u] if word & 32 else NONE
+                part += x_8U[6, u] if word & 64 else NONE
+                part += x_8U[7, u] if word & 128 else NONE
+            out_N[n] += part * scales_NC[n, c] + mins_NC[n, c] * sums_C[c]
 
 
 @cache
@@ -98,4 +120,4 @@ def level(bits):
                     part += float32((word >> (7 * bits)) & mask) * x_8U[7, u]
                 out_N[n] += part * scales_NC[n, c] + mins_NC[n, c] * sums_C[c]
 
-    return add, row
+    return add, bits_row if bits == 1 else row
