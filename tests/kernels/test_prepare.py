@@ -9,10 +9,23 @@ from torch import nn
 
 import moekit
 from moekit.errors import OptionError, UnsupportedModelError
-from moekit.kernels import prepacked
+from moekit.kernels import fused, panels, prepacked
 from moekit.kernels import prepare as prepare_verb
 from moekit.kernels._layer import Layer
 from moekit.kernels.reference import reference
+
+
+@pytest.fixture(params=["compiled", "by torch"])
+def compiled(request, monkeypatch) -> bool:
+    """With compiled kernels, and as if Numba were not installed."""
+    if request.param == "by torch":
+        monkeypatch.setattr(fused, "lacking", lambda: "Numba is not installed")
+    elif fused.lacking():
+        pytest.skip(fused.lacking())
+    elif not panels.has_int8():
+        pytest.skip("this CPU has no VNNI")
+    return request.param == "compiled"
+
 
 LARGE = {"experts": 2, "hidden": 512, "inner": 512}
 FLAGS = [Flags(), Flags(bias=True, transposed=True), Flags(gated=False), Flags(norm=True)]
@@ -22,7 +35,7 @@ reordered = pytest.mark.skipif(not prepacked.has_reorder(), reason="this build o
 @reordered
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
 @pytest.mark.parametrize("tokens", [0, 1, 3, 40])
-def test_lossless_and_restored_bit_for_bit(flags, tokens):
+def test_lossless_and_restored_bit_for_bit(compiled, flags, tokens):
     module = make(flags, **LARGE)
     before = {name: t.clone() for name, t in module.state_dict().items()}
     x, index, weights = batch(tokens, 2, 1, 512)
@@ -49,7 +62,7 @@ def report_outside(module) -> int:
 @pytest.mark.skipif(not prepacked.has_int8(), reason="this build of torch has no FBGEMM int8")
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_int8_is_close_and_quarters_the_bytes(flags, dtype):
+def test_int8_is_close_and_quarters_the_bytes(compiled, flags, dtype):
     module = make(flags, dtype, **LARGE)
     x, index, weights = batch(50, 2, 2, 512, dtype)
     with torch.no_grad():
@@ -63,7 +76,7 @@ def test_int8_is_close_and_quarters_the_bytes(flags, dtype):
 
 
 @reordered
-def test_dropped_weights_refuse_to_be_saved_or_trained():
+def test_dropped_weights_refuse_to_be_saved_or_trained(compiled):
     module, (x, index, weights) = make(**LARGE), batch(3, 2, 1, 512)
     moekit.prepare(module)
     with pytest.raises(OptionError, match="before saving"):
@@ -75,7 +88,7 @@ def test_dropped_weights_refuse_to_be_saved_or_trained():
 
 
 @reordered
-def test_kept_weights_still_train_and_save():
+def test_kept_weights_still_train_and_save(compiled):
     module, (x, index, weights) = make(**LARGE), batch(3, 2, 1, 512)
     report = moekit.prepare(module, keep=True)
     assert report.bytes_after == 2 * report.bytes_before
@@ -86,7 +99,8 @@ def test_kept_weights_still_train_and_save():
     assert "plain" in moekit.explain(module)
 
 
-def test_small_experts_share_their_plain_copy():
+def test_small_experts_share_their_plain_copy(monkeypatch):
+    monkeypatch.setattr(fused, "lacking", lambda: "Numba is not installed")
     module = make()
     weight = module.down_proj
     report = moekit.prepare(module)
@@ -99,6 +113,7 @@ def test_small_experts_share_their_plain_copy():
 
 def test_half_precision_is_shared_where_the_cpu_has_no_units(monkeypatch):
     monkeypatch.setattr(prepare_verb_module(), "has_units", lambda dtype: False)
+    monkeypatch.setattr(fused, "lacking", lambda: "Numba is not installed")
     report = moekit.prepare(make(dtype=torch.bfloat16, **LARGE))
     assert "no bfloat16 units" in report.shared[""]
 
@@ -131,20 +146,62 @@ def test_refusals():
 )
 def test_explain_names_one_kernel_and_a_reason_for_every_other(flags, training, kernel):
     text = moekit.explain(make(flags), tokens=40, training=training)
-    first, *others = [line for line in text.splitlines() if " rows per active expert" not in line]
+    first, *lines = text.splitlines()
     assert first.split(": ")[1].startswith(kernel)
-    assert len(others) == 5
+    others = [line for line in lines if line.startswith("  not ")]
+    assert len(others) == 6
     assert all(line.startswith("  not ") and len(line.split(": ", 1)[1]) > 10 for line in others)
 
 
 @reordered
-def test_explain_follows_prepare_and_tells_when_it_is_not_in_use():
+def test_explain_follows_prepare_and_tells_when_it_is_not_in_use(compiled):
     model = nn.ModuleList([make(**LARGE), make(**LARGE)])
     model[0].config._experts_implementation = "eager"
     assert 'runs experts_implementation="eager"' in moekit.explain(model)
     assert "about 1.0 rows per active expert" in moekit.explain(model[1], tokens=1)
     moekit.prepare(model)
     text = moekit.explain(model)
-    assert "0 and 1 more: reordered" in text
+    assert f"0 and 1 more: {'panels' if compiled else 'reordered'}" in text
     assert "not plain: prepare() packed these experts" in text
     assert "it has no backward" in moekit.explain(model, training=True)
+
+
+def test_explain_says_how_the_kernel_is_computed(compiled):
+    """Compiled, and what it cost; or what is missing for that."""
+    module = make(**LARGE)
+    way = "fused: a few calls compiled by Numba" if compiled else "not fused: Numba is not installed"
+    assert way in moekit.explain(module)
+    if compiled:
+        with torch.no_grad():
+            module(*batch(3, 2, 1, 512))
+        assert "s in this process" in moekit.explain(module)
+    moekit.prepare(module, bits=8)
+    assert way in moekit.explain(module)
+
+
+def test_a_layout_for_every_half_precision(compiled):
+    """Panels keep the dtype: no bytes are added, and restoring gives every bit back."""
+    if not compiled:
+        pytest.skip("by torch operations such weights stay plain")
+    for dtype in (torch.bfloat16, torch.float16):
+        module, arguments = make(Flags(bias=True, transposed=True), dtype, **LARGE), batch(20, 2, 2, 512, dtype)
+        before = module.down_proj.clone()
+        with torch.no_grad():
+            expected = module(*arguments).float()
+            report = moekit.prepare(module)
+            assert report.bytes_after == report.bytes_before
+            torch.testing.assert_close(module(*arguments).float(), expected, rtol=2e-2, atol=2e-2)
+        moekit.restore(module)
+        assert torch.equal(module.down_proj, before)
+
+
+def test_int8_passes_nan_on(compiled):
+    if not compiled:
+        pytest.skip("FBGEMM rounds NaN to a number")
+    module, (x, index, weights) = make(**LARGE), batch(3, 2, 1, 512)
+    x[1, 7] = torch.nan
+    moekit.prepare(module, bits=8)
+    with torch.no_grad():
+        out = module(x, index, weights)
+    assert out[1].isnan().any()
+    assert not out[[0, 2]].isnan().any()

@@ -8,23 +8,28 @@ Shapes by suffix: T tokens, K slots, S pairs sorted by expert, E experts, H hidd
 
 from __future__ import annotations
 
-from functools import cache
+import time
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any
 
 import numpy as np
 from numba import carray, cfunc, from_dtype, njit, types
 
-from ._simd import axpy, dot, floats, panel, silu_mul, take, transpose, word
+from ._inner import axpy, dot, floats, panel, panel_int8, quantise, silu_mul, take, transpose, word
 
 
 def _record(*names: str) -> np.dtype:
     return np.dtype([(name, np.int64) for name in names])
 
 
-JOB = _record("counter", "here", "tasks", "table", "experts", "x", "width", "out", "columns", "half", "hidden")
+JOB = _record(
+    "counter", "here", "tasks", "table", "experts", "x", "width", "out", "columns", "half", "hidden", "scales"
+)
 """``here``: its own address; ``table``: address of tasks [.., 5] (expert, first row, end, first column, end);
 ``experts``: address of [E, 7] as in :data:`FIELDS`; ``x`` [S, width] and ``out`` [S, columns] float32. Where ``half``
 is not 0, the columns of a task are done in both halves of ``out``; where ``hidden`` is not 0 either, silu(first half) *
-second half goes there, [S, half].
+second half goes there, [S, half]. With int8 weights x is bytes, times ``scales`` [S].
 """
 
 FIELDS = ("weight", "stride", "scales", "mins", "scale_stride", "shift", "bias")
@@ -43,10 +48,31 @@ places in the flat routing [T * slots]; ``weights`` [T * slots] float32."""
 STRIP = 128
 """Columns that a task of a MOVE takes."""
 
+ROUNDED = 8
+"""Rows that a task rounds."""
+
 ROWS = 192
 """Rows of an expert that one task takes at most."""
 
 _JOB, _MOVE = (types.void(types.CPointer(from_dtype(record))) for record in (JOB, MOVE))
+
+
+SECONDS: dict[str, float] = {}
+"""How long each function of this module took to compile or to load from disk."""
+
+
+def built(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile once, when first asked for."""
+
+    @cache
+    @wraps(make)
+    def once(*kind: str) -> Any:
+        start = time.perf_counter()
+        function = make(*kind)
+        SECONDS[" ".join((make.__name__, *kind))] = time.perf_counter() - start
+        return function
+
+    return once
 
 
 @njit
@@ -69,7 +95,7 @@ def _activate(job, first, end, column):
             silu_mul(gate, gate + 4 * job.half, job.hidden + 4 * (row * job.half + column), PANEL)
 
 
-@cache
+@built
 def by_rows(kind: str):
     """Products with weights [N, K] as they lie, row after row."""
 
@@ -115,7 +141,7 @@ def by_rows(kind: str):
     return run
 
 
-@cache
+@built
 def by_panels(kind: str):
     """Products with weights laid out in panels [N / 32, K, 32]; ``stride`` is bytes of 32 weights."""
 
@@ -137,7 +163,57 @@ def by_panels(kind: str):
     return run
 
 
-@cache
+@built
+def by_int8():
+    """Products with int8 weights in panels [N / 32, K / 4, 32, 4] and x rounded to bytes."""
+
+    @cfunc(_JOB, cache=True)
+    def run(pointer):
+        job = carray(pointer, 1)[0]
+        task = take(job.here)
+        while task < job.tasks:
+            e, first, end, left, right = _task(job, task)
+            weight, _, scales, offsets, _, _, bias = _expert(job, e)
+            x, count = job.x + first * job.width, end - first
+            for column in range(left, right, PANEL):
+                for n in range(column, 2 * job.half if job.half else column + 1, job.half if job.half else 1):
+                    out, at = job.out + 4 * (first * job.columns + n), 4 * n
+                    panel_int8(
+                        weight + n * job.width,
+                        scales + at,
+                        offsets + at,
+                        x,
+                        job.scales + 4 * first,
+                        count,
+                        job.width,
+                        bias + at,
+                        out,
+                        job.columns,
+                    )
+                _activate(job, first, end, column)
+            task = take(job.here)
+
+    return run
+
+
+@built
+def rounded():
+    """Rows of x to bytes y [rows, width] and their scales (``weights``); ``pairs`` is 0 where row i is x[i]."""
+
+    @cfunc(_MOVE, cache=True)
+    def run(pointer):
+        job = carray(pointer, 1)[0]
+        task = take(job.here)
+        while task < job.tasks:
+            for row in range(task * ROUNDED, min(task * ROUNDED + ROUNDED, job.rows)):
+                token = word(job.pairs, row) // job.slots if job.pairs else row
+                quantise(job.x + 4 * token * job.width, job.y + row * job.width, job.weights + 4 * row, job.width)
+            task = take(job.here)
+
+    return run
+
+
+@built
 def gather():
     """y[row] = x[token of the row], a strip of columns per task."""
 
@@ -158,7 +234,7 @@ def gather():
     return run
 
 
-@cache
+@built
 def combine():
     """x[token of the row] += weight * y[row], row after row, a strip of columns per task."""
 

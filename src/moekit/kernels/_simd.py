@@ -1,9 +1,7 @@
-"""Vector code as Numba intrinsics: the inner loops of expert products, written in LLVM's own vectors of 16 float32.
+"""Emitting vector code: what the intrinsics of :mod:`moekit.kernels._inner` are made of, in LLVM's own vectors.
 
-Numba cannot say which values stay in registers; these intrinsics can. All take addresses as integers, and the first
-arguments (a kind of weights, block sizes) must be literals: they choose the code that is emitted. Kinds of weights:
+A function here takes the builder ``b`` and LLVM values and emits instructions. Vectors are 16 wide. Kinds of weights:
 "float32", "bfloat16", "float16", and integers in groups "q2", "q3", "q4", "q8" (see :mod:`moekit.formats.packed`).
-Shapes by suffix: M rows of x, N rows and K columns of a weight matrix.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -15,18 +13,21 @@ from typing import Any
 
 import llvmlite.binding
 from llvmlite import ir
-from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 LANES = 16
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-VECTOR = ir.VectorType(F32, LANES)
+VECTOR, WORDS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+VNNI = "llvm.x86.avx512.vpdpbusd.512"
 FEATURES = llvmlite.binding.get_host_cpu_features()
 
 
 def const(value: int) -> ir.Constant:
     return ir.Constant(I64, value)
+
+
+def same(value: float) -> ir.Constant:
+    return ir.Constant(VECTOR, [value] * LANES)
 
 
 def vector_of(kind: Any, values: list[int]) -> ir.Constant:
@@ -74,38 +75,40 @@ def blocks(b, sizes: tuple[int, ...], count, *matrices):
     """``count`` rows in blocks of the sizes, largest first: yields once per size, to emit what is done with a block.
 
     Yields (size, *functions), where ``function(m)`` is the address of row m of the block, one for each of the matrices
-    (address, width) of float32.
+    (address, bytes of a row).
     """
     done = cgutils.alloca_once_value(b, const(0))
     for size in sizes:
         rest = b.sub(count, b.load(done))
         with loop(b, b.sub(rest, const(size - 1)), size):
             first = b.load(done)
-            rows = (_rows_from(b, start, width, first) for start, width in matrices)
+            rows = (_rows_from(b, start, stride, first) for start, stride in matrices)
             yield size, *rows
             b.store(b.add(first, const(size)), done)
 
 
-def _rows_from(b, start, width, first):
-    origin, row = b.add(start, b.shl(b.mul(width, first), const(2))), b.shl(width, const(2))
-    return lambda m: b.add(origin, b.mul(row, const(m)))
+def _rows_from(b, start, stride, first):
+    origin = b.add(start, b.mul(stride, first))
+    return lambda m: b.add(origin, b.mul(stride, const(m)))
 
 
 class Sums:
     """A block of running sums, each 16 wide and in a register; they begin at 0."""
 
-    def __init__(self, b, rows: int, columns: int) -> None:
+    def __init__(self, b, rows: int, columns: int, kind: ir.VectorType = VECTOR) -> None:
         self.b = b
-        self.at = [[cgutils.alloca_once(b, VECTOR) for _ in range(columns)] for _ in range(rows)]
-        for m in range(rows):
-            for r in range(columns):
-                self.start(m, r, ir.Constant(VECTOR, None))
-
-    def start(self, m: int, r: int, value) -> None:
-        self.b.store(value, self.at[m][r])
+        self.at = [[cgutils.alloca_once(b, kind) for _ in range(columns)] for _ in range(rows)]
+        for row in self.at:
+            for place in row:
+                b.store(ir.Constant(kind, None), place)
 
     def add(self, m: int, r: int, x, y) -> None:
-        self.b.store(fma(self.b, x, y, self.b.load(self.at[m][r])), self.at[m][r])
+        """Sum m, r plus x * y; of integers, four unsigned bytes of x times signed ones of y in each place."""
+        place = self.at[m][r]
+        if place.type.pointee == VECTOR:
+            self.b.store(fma(self.b, x, y, self.b.load(place)), place)
+        else:
+            self.b.store(call(self.b, VNNI, WORDS, self.b.load(place), x, y), place)
 
     def get(self, m: int, r: int):
         return self.b.load(self.at[m][r])
@@ -120,8 +123,8 @@ def _float32(b, row, column, grid):
 
 
 def _bfloat16(b, row, column, grid):
-    at, wide = b.add(row, b.mul(column, const(2))), ir.VectorType(I32, LANES)
-    halves = [b.zext(load(b, ir.VectorType(I16, LANES), at, 32 * v), wide) for v in range(2)]
+    at = b.add(row, b.mul(column, const(2)))
+    halves = [b.zext(load(b, ir.VectorType(I16, LANES), at, 32 * v), WORDS) for v in range(2)]
     return [b.bitcast(b.shl(h, vector_of(I32, [16] * LANES)), VECTOR) for h in halves]
 
 
@@ -152,14 +155,14 @@ def unpack(b, packed, bits: int) -> list:
     if bits == 8 or FEATURES.get("avx512vbmi"):
         whole = packed if bits == 8 else _multishift(b, packed, bits)
         parts = [b.shuffle_vector(whole, whole, vector_of(I32, range_of(LANES * v, LANES))) for v in range(4)]
-        return [b.uitofp(b.zext(p, ir.VectorType(I32, LANES)), VECTOR) for p in parts]
+        return [b.uitofp(b.zext(p, WORDS), VECTOR) for p in parts]
     out = []
     for v in range(4):
         first = [(LANES * v + lane) * bits for lane in range(LANES)]
         zero = ir.Constant(packed.type, None)
         last = packed.type.count
         taken = [i for bit in first for i in (bit // 8, min(bit // 8 + 1, last), last, last)]
-        words = b.bitcast(b.shuffle_vector(packed, zero, vector_of(I32, taken)), ir.VectorType(I32, LANES))
+        words = b.bitcast(b.shuffle_vector(packed, zero, vector_of(I32, taken)), WORDS)
         shifted = b.lshr(words, vector_of(I32, [bit % 8 for bit in first]))
         out.append(b.uitofp(b.and_(shifted, vector_of(I32, [2**bits - 1] * LANES)), VECTOR))
     return out
@@ -188,142 +191,17 @@ def chunk(kind: str) -> int:
     return 64 if BITS[kind] <= 8 else 32
 
 
-# -- the intrinsics ----------------------------------------------------------------------------------------------------
+# -- whole vectors -----------------------------------------------------------------------------------------------------
 
 
-@intrinsic
-def take(context, address):
-    """Adds one to the int64 at ``address`` and returns what it was: threads share out tasks with it."""
-
-    def emit(context, b, signature, arguments):
-        return b.atomic_rmw("add", b.inttoptr(arguments[0], I64.as_pointer()), const(1), "monotonic")
-
-    return types.int64(types.int64), emit
-
-
-@intrinsic
-def word(context, address, index):
-    """The int64 number ``index`` behind an address."""
-
-    def emit(context, b, signature, arguments):
-        return load(b, I64, b.add(arguments[0], b.shl(arguments[1], const(3))), 0, 8)
-
-    return types.int64(types.int64, types.int64), emit
-
-
-def _pointer(kind):
-    @intrinsic
-    def pointer(context, address):
-        def emit(context, b, signature, arguments):
-            return b.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-        return types.CPointer(kind)(types.int64), emit
-
-    return pointer
-
-
-floats, bytes_at = _pointer(types.float32), _pointer(types.uint8)
-"""An address as the pointer that ``numba.carray`` takes."""
-
-
-@intrinsic(prefer_literal=True)
-def dot(context, kind, weight, stride, scales, mins, scale_stride, shift, x, count, width, bias, out, out_width):
-    """out[m, r] = bias[r] + W[r] . x[m] for 4 rows of W and ``count`` rows of x, ``width`` long and float32.
-
-    ``stride`` and ``scale_stride`` are bytes of a row of W and of its scales, ``shift`` the logarithm of the group
-    size; ``out_width`` is in float32. W is read where it lies, and what comes next is fetched ahead.
-    """
-    name = kind.literal_value
-    step, signature = chunk(name), types.void(kind, *(types.int64,) * 12)
-
-    def emit(context, b, signature, arguments):
-        weight, stride, scales, mins, scale_stride, shift, x, count, width, bias, out, out_width = arguments[1:]
-        lines = [(b.add(weight, b.mul(stride, const(r))), b.mul(scale_stride, const(r))) for r in range(4)]
-        ahead = b.mul(stride, const(8))
-        for M, x_at, out_at in blocks(b, (6, 4, 3, 2, 1), count, (x, width), (out, out_width)):
-            sums = Sums(b, M, 4)
-            with loop(b, width, step) as k:
-                byte, values = b.lshr(b.mul(k, const(BITS[name])), const(3)), []
-                for line, scale in lines:
-                    for offset in range(0, step * BITS[name] // 8, 64):
-                        prefetch(b, b.add(b.add(b.add(line, ahead), byte), const(offset)))
-                    values.append(COLUMNS[name](b, line, k, (b.add(scales, scale), b.add(mins, scale), shift)))
-                for v in range(step // LANES):
-                    for m in range(M):
-                        part = load(b, VECTOR, b.add(x_at(m), b.shl(k, const(2))), 64 * v)
-                        for r in range(4):
-                            sums.add(m, r, values[r][v], part)
-            for m in range(M):
-                for r in range(4):
-                    store(b, b.fadd(_total(b, sums.get(m, r)), load(b, F32, bias, 4 * r)), out_at(m), 4 * r)
-        return context.get_dummy_value()
-
-    return signature, emit
-
-
-def _total(b, vector):
+def total(b, vector):
+    """The sum over a vector."""
     kind = ir.FunctionType(F32, [F32, VECTOR])
     function = cgutils.get_or_insert_function(b.module, kind, "llvm.vector.reduce.fadd.v16f32")
     return b.call(function, [ir.Constant(F32, -0.0), vector], fastmath=("reassoc",))
 
 
-@intrinsic(prefer_literal=True)
-def panel(context, kind, weight, stride, x, count, width, bias, out, out_width):
-    """out[m, :32] = bias[:32] + sum over k of x[m, k] * W[k, :32], for ``count`` rows of x, ``width`` long.
-
-    ``stride`` is bytes between W[k] and W[k + 1]; x and ``out`` are float32.
-    """
-    name, signature = kind.literal_value, types.void(kind, *(types.int64,) * 8)
-
-    def emit(context, b, signature, arguments):
-        weight, stride, x, count, width, bias, out, out_width = arguments[1:]
-        for M, x_at, out_at in blocks(b, (12, 8, 6, 4, 3, 2, 1), count, (x, width), (out, out_width)):
-            sums, unroll = Sums(b, M, 2), 4 if M <= 4 else 2
-            for v in range(2):
-                start = load(b, VECTOR, bias, 64 * v)
-                for m in range(M):
-                    sums.start(m, v, start)
-            with loop(b, width, unroll) as first:
-                for k in (b.add(first, const(u)) for u in range(unroll)):
-                    line = b.add(weight, b.mul(k, stride))
-                    for offset in range(0, 4 * BITS[name], 64):
-                        prefetch(b, b.add(line, const(4096 + offset)))
-                    values = COLUMNS[name](b, line, const(0), None)
-                    for m in range(M):
-                        one = splat(b, load(b, F32, b.add(x_at(m), b.shl(k, const(2))), 0, 4))
-                        for v in range(2):
-                            sums.add(m, v, one, values[v])
-            for m in range(M):
-                for v in range(2):
-                    store(b, sums.get(m, v), out_at(m), 64 * v)
-        return context.get_dummy_value()
-
-    return signature, emit
-
-
-@intrinsic(prefer_literal=True)
-def transpose(context, kind, weight, stride, scales, mins, scale_stride, shift, width, out):
-    """out[k, :32] = W[:32, k] as float32, for k < ``width``: rows of any kind to a panel."""
-    name = kind.literal_value
-    step = chunk(name)
-    signature = types.void(kind, *(types.int64,) * 8)
-
-    def emit(context, b, signature, arguments):
-        weight, stride, scales, mins, scale_stride, shift, width, out = arguments[1:]
-        with loop(b, width, step) as k:
-            for half in range(2):
-                rows = range_of(LANES * half, LANES)
-                at = [(b.add(weight, b.mul(stride, const(r))), b.mul(scale_stride, const(r))) for r in rows]
-                values = [COLUMNS[name](b, w, k, (b.add(scales, s), b.add(mins, s), shift)) for w, s in at]
-                for v in range(step // LANES):
-                    for column, value in enumerate(_turned(b, [row[v] for row in values])):
-                        store(b, value, b.add(out, b.mul(k, const(128))), 128 * (LANES * v + column) + 64 * half)
-        return context.get_dummy_value()
-
-    return signature, emit
-
-
-def _turned(b, rows: list) -> list:
+def turned(b, rows: list) -> list:
     """A 16 x 16 transposition: blocks of 1, 2, 4 and 8 change places."""
     for size in (1, 2, 4, 8):
         low = [lane if not lane & size else LANES + lane - size for lane in range(LANES)]
@@ -334,50 +212,15 @@ def _turned(b, rows: list) -> list:
     return rows
 
 
-@intrinsic
-def silu_mul(context, gate, up, out, count):
-    """out[i] = silu(gate[i]) * up[i] for i < ``count``, a multiple of 16; float32."""
-
-    def emit(context, b, signature, arguments):
-        gate, up, out, count = arguments
-        with loop(b, count, LANES) as i:
-            byte = b.shl(i, const(2))
-            g, u = (load(b, VECTOR, b.add(a, byte)) for a in (gate, up))
-            one = ir.Constant(VECTOR, [1.0] * LANES)
-            store(b, b.fmul(b.fdiv(g, b.fadd(one, _exp(b, b.fneg(g)))), u), b.add(out, byte))
-        return context.get_dummy_value()
-
-    return types.void(*(types.int64,) * 4), emit
-
-
-@intrinsic
-def axpy(context, factor, x, y, count):
-    """y[i] += factor * x[i] for i < ``count``, a multiple of 16; float32."""
-
-    def emit(context, b, signature, arguments):
-        factor, x, y, count = arguments
-        wide = splat(b, factor)
-        with loop(b, count, LANES) as i:
-            byte = b.shl(i, const(2))
-            at = b.add(y, byte)
-            store(b, fma(b, wide, load(b, VECTOR, b.add(x, byte)), load(b, VECTOR, at)), at)
-        return context.get_dummy_value()
-
-    return types.void(types.float32, *(types.int64,) * 3), emit
-
-
-def _exp(b, x):
+def exp(b, x):
     """exp to 2 units in the last place between -87 and 88, constant beyond: x = n ln 2 + r, and a series for r."""
 
-    def constant(value):
-        return ir.Constant(VECTOR, [value] * LANES)
-
-    x = call(b, "llvm.maxnum.v16f32", VECTOR, call(b, "llvm.minnum.v16f32", VECTOR, x, constant(88.0)), constant(-87.0))
-    n = call(b, "llvm.rint.v16f32", VECTOR, b.fmul(x, constant(1.4426950408889634)))
-    r = fma(b, n, constant(-0.693145751953125), x)
-    r = fma(b, n, constant(-1.428606765330187e-06), r)
-    series = constant(1 / 5040)
+    x = call(b, "llvm.maxnum.v16f32", VECTOR, call(b, "llvm.minnum.v16f32", VECTOR, x, same(88.0)), same(-87.0))
+    n = call(b, "llvm.rint.v16f32", VECTOR, b.fmul(x, same(1.4426950408889634)))
+    r = fma(b, n, same(-0.693145751953125), x)
+    r = fma(b, n, same(-1.428606765330187e-06), r)
+    series = same(1 / 5040)
     for factorial in (720, 120, 24, 6, 2, 1, 1):
-        series = fma(b, series, r, constant(1 / factorial))
-    power = b.shl(b.fptosi(n, ir.VectorType(I32, LANES)), vector_of(I32, [23] * LANES))
+        series = fma(b, series, r, same(1 / factorial))
+    power = b.shl(b.fptosi(n, WORDS), vector_of(I32, [23] * LANES))
     return b.bitcast(b.add(b.bitcast(series, power.type), power), VECTOR)

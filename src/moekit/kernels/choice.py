@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from . import fused, panels
 from ._layer import Layer
 from ._tiles import has_units
 from .bank_experts import BankExperts
@@ -41,19 +42,19 @@ def choices(module: Any, training: bool) -> list[Choice]:
         return _only("integers", "the experts are stored as packed integers", training)
     prepared = module.__dict__.get("_moekit_prepared")
     if prepared is not None:
-        name = "int8" if prepared.products.bits == 8 else "reordered"
-        return _only(name, "prepare() packed these experts", training)
+        return _only(prepared.products.name, "prepare() packed these experts", training)
     layer = Layer.of_module(module)
     backward = "no gradients are asked for"
     between = "a norm or an activation between the products has parameters" if layer.trainable_between else None
     unsaved = between or ("a norm follows each expert" if layer.finish else None)
-    offer = (
-        f"not prepared: prepare() would not pack it ({reason})" if (reason := unfit(layer, None)) else "not prepared"
-    )
+    reason = unfit(layer, None)
+    offer = f"not prepared: prepare() would not pack it ({reason})" if reason else "not prepared"
+    missing = panels.unfit(layer)
     return [
         Choice("integers", "the experts are not stored as integers"),
         Choice("int8", "not prepared with bits=8"),
-        Choice("reordered", offer),
+        Choice("panels", missing or offer),
+        Choice("reordered", offer if missing else "not prepared, and prepare() would choose panels"),
         Choice("function", (unsaved if training else backward)),
         Choice("autograd", (None if unsaved else "the function keeps less for the backward") if training else backward),
         Choice("plain", "it has no backward" if training else None),
@@ -62,7 +63,8 @@ def choices(module: Any, training: bool) -> list[Choice]:
 
 _WHAT = {
     "integers": "packed integers, decoded as tokens reach them",
-    "int8": "FBGEMM int8 weights, activations rounded to int8",
+    "int8": "int8 weights, activations rounded to int8",
+    "panels": "the weights in panels for compiled kernels, lossless",
     "reordered": "oneDNN's blocked weights, lossless",
     "function": "own backward that keeps only inputs and pre-activations",
     "autograd": "sorted products under plain autograd",
@@ -87,9 +89,24 @@ def _text(module: Any, tokens: int, training: bool) -> str:
             f"  {'compiled by Numba' if jit() else 'by torch operations: Numba would be faster, pip install numba'}"
         )
     if chosen == "plain":
-        lines.append(f"  {_plain_path(Layer.of_module(module), tokens, module)}")
+        lines += [
+            f"  {_plain_path(Layer.of_module(module), tokens, module)}",
+            _fused(fused.unfit(Layer.of_module(module))),
+        ]
+    if chosen in ("int8", "panels"):
+        compiled = isinstance(module.__dict__["_moekit_prepared"].products, fused.Fused)
+        lines.append(_fused(None if compiled else fused.lacking() or "sizes or CPU it is not compiled for: FBGEMM"))
     lines += [f"  not {c.kernel}: {c.against}" for c in found if c.against is not None]
     return "\n".join(lines)
+
+
+def _fused(against: str | None) -> str:
+    """A line on the compiled form of a kernel."""
+    if against:
+        return f"  by torch operations, not fused: {against}"
+    seconds = fused.compile_seconds()
+    cost = f"compiled in {seconds:.1f} s in this process" if seconds else "the first call compiles for some seconds"
+    return f"  fused: a few calls compiled by Numba run all experts ({cost}, kept on disk)"
 
 
 def _plain_path(layer: Layer, tokens: int, module: Any) -> str:

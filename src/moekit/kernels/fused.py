@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -50,6 +51,12 @@ def lacking() -> str | None:
     return None
 
 
+def compile_seconds() -> float:
+    """Spent on compiling, or on loading what was compiled before, in this process; 0 before the first call."""
+    module = sys.modules.get("moekit.kernels._compiled")
+    return sum(module.SECONDS.values()) if module else 0.0
+
+
 def unfit(layer: Layer) -> str | None:
     """Why the plain weights of a layer cannot be read by compiled kernels, or None."""
     for weight in (layer.gate_up, layer.down):
@@ -73,10 +80,18 @@ def of_layer(layer: Layer) -> Fused | None:
 
 
 @dataclass(eq=False)
+class Rows:
+    """Inputs of a product, [S, K]: float32, or bytes around 128 times ``scales`` [S]."""
+
+    values: Tensor
+    scales: Tensor | None = None
+
+
+@dataclass(eq=False)
 class Matrices:
     """One matrix [N, K] of every expert: ``table`` [E, 7] as :data:`_compiled.FIELDS`, ``kinds[e]`` its weights' kind.
 
-    ``kept`` holds what the table's addresses point to.
+    ``form`` is how the weights lie: "rows", "panels" or "int8"; ``kept`` holds what the table's addresses point to.
     """
 
     rows: int
@@ -84,15 +99,63 @@ class Matrices:
     kinds: list[str]
     table: np.ndarray
     kept: Any
-    panels: bool = False
+    form: str = "rows"
 
     def __post_init__(self) -> None:
         self.names = sorted(set(self.kinds))
-        self.kind_E = np.array([self.names.index(kind) for kind in self.kinds])
+        code = {name: number for number, name in enumerate(self.names)}
+        self.kind_E = np.array([code[kind] for kind in self.kinds], np.int64)
 
     def functions(self) -> list[Any]:
-        form = compiled().by_panels if self.panels else compiled().by_rows
-        return [form(kind) for kind in self.names]
+        """The compiled products, one for each of ``names``."""
+        if self.form == "int8":
+            return [compiled().by_int8()]
+        form = compiled().by_panels if self.form == "panels" else compiled().by_rows
+        return [form(name) for name in self.names]
+
+    def inputs(self, x_TK: Tensor, pairs: np.ndarray | None = None, slots: int = 1) -> Rows:
+        """The rows of x that the pairs (None: all rows) ask for, as this matrix wants them."""
+        rows, width = len(x_TK) if pairs is None else len(pairs), x_TK.shape[1]
+        if self.form != "int8":
+            y = torch.empty(rows, width)
+            _move(
+                compiled().gather(), _strips(width), pairs, rows, width, slots=slots, x=x_TK.data_ptr(), y=y.data_ptr()
+            )
+            return Rows(y)
+        y, scales = torch.empty(rows, width, dtype=torch.uint8), torch.empty(rows)
+        tasks = -(-rows // compiled().ROUNDED)
+        places = {"x": x_TK.data_ptr(), "y": y.data_ptr(), "weights": scales.data_ptr()}
+        _move(compiled().rounded(), tasks, pairs, rows, width, slots=slots, **places)
+        return Rows(y, scales)
+
+    def products(
+        self, x: Rows, out_SN: Tensor, cut: tuple[np.ndarray, int, int], hidden_SI: Tensor | None = None
+    ) -> None:
+        """out = x @ W.T + bias of every expert; silu(first half) * second half into ``hidden_SI`` if given.
+
+        ``cut``: where each expert's rows begin [E + 1], and the window of rows that x and ``out`` hold.
+        """
+        half = 0 if hidden_SI is None else hidden_SI.shape[1]
+        columns, threads = half or self.rows, torch.get_num_threads()
+        start_E, low, high = cut
+        most = min(len(self.kinds), high - low) + (high - low) // compiled().ROWS + 1
+        table = np.empty((most * (8 * threads + 1), 5), np.int64)
+        for code, function in enumerate(self.functions()):
+            tasks = compiled().share(start_E, self.kind_E, code, low, high, columns, threads, table)
+            job = _job(
+                compiled().JOB,
+                tasks=tasks,
+                table=table.ctypes.data,
+                experts=self.table.ctypes.data,
+                x=x.values.data_ptr(),
+                scales=x.scales.data_ptr() if x.scales is not None else 0,
+                width=self.width,
+                out=out_SN.data_ptr(),
+                columns=self.rows,
+                half=half,
+                hidden=hidden_SI.data_ptr() if hidden_SI is not None else 0,
+            )
+            together(function, job.ctypes.data, tasks)
 
 
 class Fused:
@@ -107,8 +170,10 @@ class Fused:
         """[T, H] in the dtype of ``x_TH``; sums are float32, in the order of the experts."""
         out = torch.zeros(x_TH.shape)
         weight = weight_TK.detach().to(torch.float32).contiguous()
+        width, slots = x_TH.shape[1], index_TK.shape[1]
         for pairs, y in self._windows(x_TH, index_TK):
-            _move(compiled().combine(), pairs, index_TK.shape[1], out, y, weight)
+            places = {"x": out.data_ptr(), "y": y.data_ptr(), "weights": weight.data_ptr()}
+            _move(compiled().combine(), _strips(width), pairs, len(pairs), width, slots=slots, **places)
         return out.to(x_TH.dtype)
 
     def slots(self, x_TH: Tensor, index_TK: Tensor) -> Tensor:
@@ -120,74 +185,31 @@ class Fused:
 
     def _windows(self, x_TH: Tensor, index_TK: Tensor) -> Iterator[tuple[np.ndarray, Tensor]]:
         """(places in the flat routing, outputs [.., H]) of at most WINDOW sorted pairs at a time."""
-        x = x_TH.detach().to(torch.float32).contiguous()
-        experts, threads = len(self.up.kinds), torch.get_num_threads()
+        x, slots = x_TH.detach().to(torch.float32).contiguous(), index_TK.shape[1]
         index = index_TK.reshape(-1).to(torch.int64).numpy()
-        pairs, start = np.empty(len(index), np.int64), np.empty(experts + 1, np.int64)
-        compiled().sort(index, experts, pairs, start)
-        total = int(start[-1])
-        size = min(WINDOW, total)
-        rows, z = torch.empty(size, self.up.width), torch.empty(size, self.up.rows)
-        y = torch.empty(size, self.down.rows)
-        swiglu = self.activation is SILU_MUL
-        h = torch.empty(size, self.down.width) if swiglu else z
+        pairs, start = np.empty(len(index), np.int64), np.empty(len(self.up.kinds) + 1, np.int64)
+        compiled().sort(index, len(self.up.kinds), pairs, start)
+        total, swiglu = int(start[-1]), self.activation is SILU_MUL
         for low in range(0, total, WINDOW):
             high = min(low + WINDOW, total)
-            count = high - low
-            _move(compiled().gather(), pairs[low:high], index_TK.shape[1], x, rows[:count])
-            half = self.down.width if swiglu else 0
-            self._products(self.up, rows, z, start, (low, high), threads, half, h if swiglu else None)
-            hidden = h if swiglu else self.activation(z[:count]).contiguous()
-            self._products(self.down, hidden, y, start, (low, high), threads)
-            yield pairs[low:high], self.finish(y[:count]) if self.finish else y[:count]
-
-    def _products(
-        self,
-        matrices: Matrices,
-        x_SK: Tensor,
-        out_SN: Tensor,
-        start_E: np.ndarray,
-        window: tuple[int, int],
-        threads: int,
-        half: int = 0,
-        hidden: Tensor | None = None,
-    ) -> None:
-        columns = half or matrices.rows
-        experts = len(matrices.kinds)
-        most = (min(experts, window[1] - window[0]) + WINDOW // compiled().ROWS + 1) * (8 * threads + 1)
-        table = np.empty((most, 5), np.int64)
-        for code, function in enumerate(matrices.functions()):
-            tasks = compiled().share(start_E, matrices.kind_E, code, *window, columns, threads, table)
-            job = _job(
-                compiled().JOB,
-                tasks=tasks,
-                table=table.ctypes.data,
-                experts=matrices.table.ctypes.data,
-                x=x_SK.data_ptr(),
-                width=matrices.width,
-                out=out_SN.data_ptr(),
-                columns=matrices.rows,
-                half=half,
-                hidden=hidden.data_ptr() if hidden is not None else 0,
-            )
-            together(function, job.ctypes.data, tasks)
+            part, cut = pairs[low:high], (start, low, high)
+            z = torch.empty(high - low, self.up.rows)
+            h = torch.empty(high - low, self.down.width) if swiglu else z
+            self.up.products(self.up.inputs(x, part, slots), z, cut, h if swiglu else None)
+            h = h if swiglu else self.activation(z).contiguous()
+            y = torch.empty(high - low, self.down.rows)
+            self.down.products(self.down.inputs(h) if self.down.form == "int8" else Rows(h), y, cut)
+            yield part, self.finish(y) if self.finish else y
 
 
-def _move(function: Any, pairs: np.ndarray, slots: int, x: Tensor, y: Tensor, weights: Tensor | None = None) -> None:
-    width = x.shape[1]
-    tasks = -(-width // compiled().STRIP)
-    job = _job(
-        compiled().MOVE,
-        tasks=tasks,
-        pairs=pairs.ctypes.data,
-        rows=len(pairs),
-        slots=slots,
-        x=x.data_ptr(),
-        y=y.data_ptr(),
-        weights=weights.data_ptr() if weights is not None else 0,
-        width=width,
-    )
-    together(function, job.ctypes.data, tasks if len(pairs) * width >= FEW else 1)
+def _move(function: Any, tasks: int, pairs: np.ndarray | None, rows: int, width: int, **fields: int) -> None:
+    at = pairs.ctypes.data if pairs is not None else 0
+    job = _job(compiled().MOVE, tasks=tasks, pairs=at, rows=rows, width=width, **fields)
+    together(function, job.ctypes.data, tasks if rows * width >= FEW else 1)
+
+
+def _strips(width: int) -> int:
+    return -(-width // compiled().STRIP)
 
 
 def _job(record: np.dtype, **fields: int) -> np.ndarray:
@@ -200,15 +222,16 @@ def _job(record: np.dtype, **fields: int) -> np.ndarray:
 def dense(stacked_ENK: Tensor, bias_EN: Tensor | None) -> Matrices:
     """Stacked float32, bfloat16 or float16 weights, read where they lie."""
     experts, rows, width = stacked_ENK.shape
-    table = np.zeros((experts, len(compiled().FIELDS)), np.int64)
     size = stacked_ENK.element_size()
+    table, bias = with_bias(experts, rows, bias_EN)
     table[:, 0] = stacked_ENK.data_ptr() + np.arange(experts) * (stacked_ENK.stride(0) * size)
     table[:, 1] = stacked_ENK.stride(1) * size
-    bias = _biases(bias_EN, experts, rows, table)
     return Matrices(rows, width, [str(stacked_ENK.dtype)[6:]] * experts, table, (stacked_ENK, bias))
 
 
-def _biases(bias_EN: Tensor | None, experts: int, rows: int, table: np.ndarray) -> Tensor:
+def with_bias(experts: int, rows: int, bias_EN: Tensor | None) -> tuple[np.ndarray, Tensor]:
+    """A table of experts in which only the biases are filled in, and what they point to."""
+    table = np.zeros((experts, len(compiled().FIELDS)), np.int64)
     bias = torch.zeros(1, rows) if bias_EN is None else bias_EN.detach().to(torch.float32).contiguous()
     table[:, 6] = bias.data_ptr() + (0 if bias_EN is None else np.arange(experts) * rows * 4)
-    return bias
+    return table, bias

@@ -19,7 +19,7 @@ SMALLEST = 262_144
 class ReorderedProducts:
     """oneDNN's blocked layout in the weights' own dtype; :meth:`plain` gives the weights back, bit for bit."""
 
-    bits = None
+    name, bits = "reordered", None
 
     def __init__(self, layer: Layer) -> None:
         self.num_experts, self.activation, self.finish = layer.num_experts, layer.activation, layer.finish
@@ -58,7 +58,7 @@ class Int8Products:
     About 1 % of a product's norm, 2 to 3 % of a layer's output (random weights and inputs).
     """
 
-    bits = 8
+    name, bits = "int8", 8
 
     def __init__(self, layer: Layer) -> None:
         self.num_experts, self.activation, self.finish = layer.num_experts, layer.activation, layer.finish

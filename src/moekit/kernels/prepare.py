@@ -10,12 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError, UnsupportedModelError
+from . import panels
 from ._drive import forward
 from ._layer import Layer, is_decorated
 from ._tiles import has_units
 from .bank_experts import BankExperts
 from .experts import NAME
+from .fused import Fused
+from .panels import Int8Panels, PanelProducts
 from .prepacked import SMALLEST, Int8Products, ReorderedProducts, has_int8, has_reorder
+
+Packed = PanelProducts | Int8Panels | ReorderedProducts | Int8Products
 
 
 @dataclass
@@ -43,7 +48,7 @@ class PrepareReport:
 class Prepared:
     """The packed products of one experts module; what :func:`experts_forward` calls instead of the plain weights."""
 
-    def __init__(self, products: ReorderedProducts | Int8Products, dropped: dict[str, nn.Parameter]) -> None:
+    def __init__(self, products: Packed, dropped: dict[str, nn.Parameter]) -> None:
         self.products = products
         self.dropped = {name: p.requires_grad for name, p in dropped.items()}
         self.hook: Any = None
@@ -55,6 +60,8 @@ class Prepared:
             raise OptionError(
                 "prepared experts have no backward: call the model under torch.no_grad(), or moekit.restore(model)"
             )
+        if isinstance(self.products, Fused):
+            return self.products.forward(x_TH, index_TK, weight_TK)
         return forward(self.products, x_TH, index_TK, weight_TK)
 
 
@@ -66,12 +73,12 @@ def prepare(model_or_experts: nn.Module, bits: int | None = None, keep: bool = F
     bit for bit by :func:`restore`; saving a model whose plain copy was dropped raises until then.
 
     Raises:
-        OptionError: ``bits`` is neither None nor 8, or int8 is not available in this build of torch.
+        OptionError: ``bits`` is neither None nor 8, or nothing on this machine runs int8.
         UnsupportedModelError: nothing here is an experts module of transformers' shared contract.
     """
     if bits not in (None, 8):
         raise OptionError(f"bits={bits} cannot be prepared: use None (lossless) or 8 (int8)")
-    if bits == 8 and not has_int8():
+    if bits == 8 and not (has_int8() or panels.has_int8()):
         raise OptionError("this build of torch has no FBGEMM int8 operators: prepare with bits=None")
     found = list(experts_modules(model_or_experts))
     report = PrepareReport(bits=bits, kept_plain=keep)
@@ -90,7 +97,7 @@ def prepare(model_or_experts: nn.Module, bits: int | None = None, keep: bool = F
             report.shared[name] = reason
             report.bytes_after += before
             continue
-        products = Int8Products(layer) if bits == 8 else ReorderedProducts(layer)
+        products = _packed(layer, bits)
         del layer
         _install(module, products, keep)
         report.packed.append(name)
@@ -106,7 +113,7 @@ def restore(model_or_experts: nn.Module) -> None:
     modules = [m for m in model_or_experts.modules() if "_moekit_prepared" in m.__dict__]
     for module in modules:
         prepared = module.__dict__["_moekit_prepared"]
-        if prepared.dropped and not isinstance(prepared.products, ReorderedProducts):
+        if prepared.dropped and prepared.products.bits == 8:
             raise OptionError("the plain weights were dropped for int8 and cannot come back: load the model again")
     for module in modules:
         prepared = module.__dict__.pop("_moekit_prepared")
@@ -135,7 +142,7 @@ def unfit(layer: Layer, bits: int | None) -> str | None:
     down = layer.down
     if down.device.type != "cpu":
         return f"packed layouts are for the CPU, the weights are on {down.device.type}"
-    if bits == 8:
+    if bits == 8 or panels.unfit(layer) is None:
         return None
     if down.dtype in (torch.bfloat16, torch.float16) and not has_units(down.dtype):
         return f"this CPU has no {str(down.dtype)[6:]} units: weights are converted tile by tile as they are used"
@@ -148,7 +155,15 @@ def unfit(layer: Layer, bits: int | None) -> str | None:
     return None
 
 
-def _install(module: Any, products: ReorderedProducts | Int8Products, keep: bool) -> None:
+def _packed(layer: Layer, bits: int | None) -> Packed:
+    """The best layout there is on this machine."""
+    compiled = panels.unfit(layer) is None
+    if bits == 8:
+        return Int8Panels(layer) if compiled and panels.has_int8() else Int8Products(layer)
+    return PanelProducts(layer) if compiled else ReorderedProducts(layer)
+
+
+def _install(module: Any, products: Packed, keep: bool) -> None:
     names = [] if keep else _stacked(module)
     prepared = Prepared(products, {name: getattr(module, name) for name in names})
     for name in names:
