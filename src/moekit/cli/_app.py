@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from moekit.cli.apply import apply
+from moekit.cli.compare import compare
 from moekit.cli.compress import compress
 from moekit.cli.demo import demo
 from moekit.cli.eval import evaluate
@@ -30,6 +31,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "fit": fit,
     "apply": apply,
     "compress": compress,
+    "compare": compare,
     "verify": verify,
     "eval": evaluate,
     "systems": systems,

@@ -5,8 +5,7 @@ Calibration comes from the calibration split, judgement from the test split; a s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,9 @@ import torch
 
 from moekit import lab
 from moekit.checkpoint import Checkpoint
-from moekit.compress import chain, within
+from moekit.compress import Arena
 from moekit.measure import Interval, exact_match, windows
-from moekit.plan import LiveLoss, Plan, make_plan
-from moekit.plan.sizes import plan_nbytes, source_nbytes
+from moekit.plan import LiveLoss, Plan
 from moekit.profile import DEFAULT, Profile, profile
 from moekit.stream import LoadedModel
 
@@ -25,8 +23,8 @@ DOMAINS = ("python", "prose", "c", "arithmetic")
 LENGTH = 256
 
 
-class Trial:
-    """One embedded model in memory; every answer is remembered, so that methods share their baselines' runs.
+class Trial(Arena):
+    """One embedded model in memory; see :class:`moekit.compress.Arena` for what can be asked of it.
 
     ``calibration`` and ``test`` are bytes of text per domain, ``sample`` tokens a profile keeps per layer, and
     ``statistics`` more than the default ones.
@@ -42,66 +40,22 @@ class Trial:
         sample: int = 4096,
         statistics: Sequence[str] = (),
     ) -> None:
-        self.source = Checkpoint.open(model)
-        self.tokenizer = self.source.tokenizer()
-        self.runner = LoadedModel.load(self.source, dtype=torch.float32)
+        source = Checkpoint.open(model)
+        super().__init__(source, LoadedModel.load(source, dtype=torch.float32), self)
+        self.tokenizer = source.tokenizer()
         self.domains = tuple(domains)
         self.setting: dict[str, Any] = {
             "model": model,
-            "fingerprint": self.source.fingerprint,
+            "fingerprint": source.fingerprint,
             "domains": list(domains),
         }
         self._sizes, self._sample = (calibration, test), sample
         self._statistics = tuple(dict.fromkeys((*DEFAULT, *statistics)))
-        self._losses: dict[tuple[str, int], dict[str, float]] = {}
-        self.seen = cache(self._seen)
-        self._judges = cache(self._make_judges)
-        self._choosing = cache(self._make_choosing)
 
     def text(self, domain: str, split: str, seed: int) -> str:
         return lab.text(domain, split, self._sizes[split == "test"], seed)
 
-    def plan(self, spec: str, seed: int) -> Plan:
-        """The plan of ``A/B/...`` with these options, from the seed's profile."""
-        return make_plan(chain(spec), self.source, self.seen(seed), self.choosing(seed))
-
-    def within(self, spec: str, seed: int, nbytes: int) -> tuple[str, Plan] | None:
-        """The largest setting of ``A/B/...`` that takes at most so many bytes; see :func:`moekit.compress.within`."""
-        return within(spec, self.source, self.seen(seed), nbytes, self.choosing(seed))
-
-    def nbytes(self, plan: Plan) -> int:
-        """Bytes of the weight files the plan makes."""
-        return plan_nbytes(plan, self.source)
-
-    @property
-    def whole_bytes(self) -> int:
-        return source_nbytes(self.source)
-
-    def choosing(self, seed: int) -> Callable[[Plan], float]:
-        """A loss for methods that search: on calibration text the profile kept aside."""
-        return lambda plan: _measured(self._choosing(seed), plan)
-
-    def losses(self, plan: Plan, seed: int) -> dict[str, float]:
-        """KL divergence from the source on each domain's test text, nats per token."""
-        key = (plan.fingerprint, seed)
-        if key not in self._losses:
-            self._losses[key] = {domain: _measured(judge, plan) for domain, judge in self._judges(seed).items()}
-        return self._losses[key]
-
-    def loss(self, plan: Plan, seed: int) -> float:
-        """:meth:`losses`, domains weighing alike."""
-        return float(np.mean(list(self.losses(plan, seed).values())))
-
-    def exact(self, task: str, plan: Plan, count: int = 200, split: str = "test", seed: int = 0) -> float:
-        """Share of a task's prompts answered exactly under the plan."""
-        judge = next(iter(self._judges(0).values()))
-        judge.become(plan)
-        try:
-            return exact_match(self.runner, self.tokenizer, lab.examples(task, split, count, seed)).mean
-        finally:
-            judge.restore()
-
-    def _seen(self, seed: int) -> Profile:
+    def profile(self, seed: int) -> Profile:
         return profile(
             self.runner,
             {domain: [self.text(domain, "calibration", seed)] for domain in self.domains},
@@ -113,13 +67,11 @@ class Trial:
             statistics=self._statistics,
         )
 
-    def _make_choosing(self, seed: int) -> LiveLoss:
-        pieces = [np.asarray(piece) for pieces in self.seen(seed).held_out.values() for piece in pieces]
-        return LiveLoss(self.runner, self.source, pieces)
+    def choosing(self, seed: int) -> Sequence[np.ndarray]:
+        return [np.asarray(piece) for pieces in self.seen(seed).held_out.values() for piece in pieces]
 
-    def _make_judges(self, seed: int) -> dict[str, LiveLoss]:
-        texts = {domain: self.text(domain, "test", seed) for domain in self.domains}
-        return {domain: LiveLoss(self.runner, self.source, self.rows(text)) for domain, text in texts.items()}
+    def judging(self, seed: int) -> Mapping[str, Sequence[np.ndarray]]:
+        return {domain: self.rows(self.text(domain, "test", seed)) for domain in self.domains}
 
     def rows(self, text: str) -> list[np.ndarray]:
         """Token sequences of at most :data:`LENGTH`."""
@@ -127,13 +79,14 @@ class Trial:
         pairs = ((batch["input_ids"], batch["attention_mask"].bool()) for batch in found.batches)
         return [row[mask].numpy() for ids, masks in pairs for row, mask in zip(ids, masks, strict=True)]
 
-
-def _measured(judge: LiveLoss, plan: Plan) -> float:
-    """Several judges share the model: each leaves it as it was."""
-    try:
-        return judge(plan)
-    finally:
-        judge.restore()
+    def exact(self, task: str, plan: Plan, count: int = 200, split: str = "test", seed: int = 0) -> float:
+        """Share of a task's prompts answered exactly under the plan."""
+        live = LiveLoss(self.runner, self.source, [np.zeros(2, dtype=np.int64)])
+        live.become(plan)
+        try:
+            return exact_match(self.runner, self.tokenizer, lab.examples(task, split, count, seed)).mean
+        finally:
+            live.restore()
 
 
 def gap(baseline: Sequence[float], ours: Sequence[float]) -> Interval:
