@@ -340,3 +340,9 @@ def test_interrupted_planning_goes_on_where_it_was(tmp_path: Path) -> None:
         after_another = make_plan([Doubling(), Doubling()], checkpoint)  # follows from another source: made anew
     assert after_another != undisturbed
     assert len(Doubling.calls) == 1 + len(names)
+
+
+def test_several_processes_need_a_common_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(PlanError, match="needs a folder that all of them see"):
+        make_plan([Doubling()], source(tmp_path))

@@ -16,7 +16,7 @@ from moekit.errors import ProfileError
 from moekit.plan.check import check_layer
 from moekit.plan.document import LayerPlan, Plan
 from moekit.plan.recombine import recombined
-from moekit.plan.resume import resumed
+from moekit.plan.resume import planned_layers
 
 if TYPE_CHECKING:
     from moekit.formats import DenseBank
@@ -118,7 +118,7 @@ class Method(ABC):
 
 
 class LayerPlanner(Method):
-    """A method that decides each layer from that layer alone."""
+    """A method that decides each layer from that layer alone; several processes share the layers out."""
 
     @abstractmethod
     def plan_layer(self, layer: LayerProfile, bank: Callable[[], DenseBank], site: Site) -> LayerPlan:
@@ -129,12 +129,14 @@ class LayerPlanner(Method):
         done = source.done.fingerprint if isinstance(source, PlannedSource) else None
         seen_in = profile.fingerprint if profile and self.needs else None
         follows = [self.spec, source.fingerprint, done, seen_in]
-        layers = {}
-        for site in sites_of(source):
-            if not site.extra:
-                bank, layer = partial(source.bank, site.name), cast("LayerProfile", seen.get(site.name))
-                layers[site.name] = resumed(site.name, follows, partial(self.plan_layer, layer, bank, site))
-        return self.made(layers, profile, source)
+        makers = {
+            site.name: partial(
+                self.plan_layer, cast("LayerProfile", seen.get(site.name)), partial(source.bank, site.name), site
+            )
+            for site in sites_of(source)
+            if not site.extra
+        }
+        return self.made(planned_layers(makers, follows), profile, source)
 
 
 @dataclass(frozen=True)

@@ -1,30 +1,47 @@
-"""Planning that computes values is long: layers an interrupted run finished are taken as they are."""
+"""Planning layer by layer that goes on where it was interrupted, and that several processes share.
+
+Inside :func:`moekit.plan.values.spooling` every finished layer is a small plan in the spool's folder, under a name that
+says all it follows from.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
-from moekit.plan import values
-from moekit.plan.codec import layer_from_json, layer_to_json
-from moekit.plan.document import located
+from moekit.errors import PlanError
+from moekit.plan import ranks, values
+from moekit.plan.document import Plan, located
 from moekit.plan.layer import LayerPlan
 
+Make = Callable[[], LayerPlan]
 
-def resumed(name: str, follows: Sequence[str | None], make: Callable[[], LayerPlan]) -> LayerPlan:
-    """A layer's plan, taken from an earlier run where it computed values and follows from the same, else made.
 
-    Only inside :func:`moekit.plan.values.spooling`; layers without computed values are made anew each time.
+def planned_layers(makers: Mapping[str, Make], follows: Sequence[str | None]) -> dict[str, LayerPlan]:
+    """The plan of every layer; ``follows`` is what all of them follow from (method, source, profile).
+
+    Raises:
+        PlanError: several processes without a folder to exchange layers in.
     """
     spool = values.spool()
     if spool is None:
-        return make()
-    key = hashlib.sha256(json.dumps([name, *follows]).encode()).hexdigest()
-    if (noted := spool.recall(key)) is not None:
-        return located(layer_from_json(json.loads(noted), name, {}), spool.folder)
-    layer = make()
-    reordered = any(any(expert.orders) for expert in layer.experts)
-    if layer.values is not None and not reordered:  # orders lie in the plan's own file
-        spool.remember(key, json.dumps(layer_to_json(layer)))
-    return layer
+        if ranks.size() > 1:
+            raise PlanError("planning by several processes needs a folder that all of them see: plan inside spooling()")
+        return {name: make() for name, make in makers.items()}
+    notes = {name: spool.folder / f"{_key(name, follows)}.json" for name in makers}
+    for name in ranks.own(list(makers)):
+        if not notes[name].is_file():
+            plan = Plan(source="", layers={name: makers[name]()})
+            plan.save(notes[name], overwrite=True, with_values=False)
+    ranks.wait()
+    return {name: _noted(note, name, spool.folder) for name, note in notes.items()}
+
+
+def _noted(note: Path, name: str, folder: Path) -> LayerPlan:
+    return located(Plan.load(note).layers[name], folder)
+
+
+def _key(name: str, follows: Sequence[str | None]) -> str:
+    return hashlib.sha256(json.dumps([name, *follows]).encode()).hexdigest()

@@ -144,18 +144,6 @@ class Spool:
         Path(partial).replace(path)
         return Values(json.dumps(describe, sort_keys=True), digest, edits, None, path)
 
-    def remember(self, key: str, text: str) -> None:
-        """Note what a finished piece of work was, under a name that says everything it follows from."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f"{key}.partial"
-        partial.write_text(text)
-        partial.replace(self.folder / f"{key}.json")
-
-    def recall(self, key: str) -> str | None:
-        """What :meth:`remember` noted, in this run or one that was interrupted."""
-        path = self.folder / f"{key}.json"
-        return path.read_text() if path.is_file() else None
-
 
 _SPOOL: ContextVar[Spool | None] = ContextVar("moekit_spool", default=None)
 
