@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from banks import make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moekit.errors import OptionError
+from moekit.errors import CheckpointError, OptionError
 from moekit.formats import DenseBank, Ternary, TernaryBank, _code
 
 
@@ -143,6 +144,30 @@ def test_one_level_per_tensor_is_exact():
     )
     again = TernaryBank.exact(trained).dequantise()
     assert all(torch.equal(tensor, again.tensors()[name]) for name, tensor in trained.tensors().items())
+
+
+@pytest.mark.parametrize(("hidden", "damage"), [(24, "codes"), (24, "offsets"), (24, "order"), (23, "padding")])
+def test_damaged_codes_are_refused(hidden, damage):
+    bank = TernaryBank.quantise(make(2, hidden, 16))
+    stored = {name: tensor.clone() for name, tensor in bank.stored.items()}
+    codes, offsets = stored["1.gate_up.codes"].numpy(), stored["1.gate_up.offsets"]
+    table = _code.dictionary()
+    if damage == "codes":
+        codes[3] = (table.lengths != table.lengths[codes[3]]).nonzero()[0][0]
+    elif damage == "offsets":
+        offsets[1] += 1
+    elif damage == "order":
+        offsets[1:3] = offsets[1:3].flip(0)
+    else:
+        last = int(offsets[1]) - 1
+        length = table.lengths[codes[last]]
+        full = (table.lengths == length) & (table.symbols[:, length - 1] > 0)
+        codes[last] = full.nonzero()[0][0]
+    damaged = replace(bank, stored=stored)
+    with pytest.raises(CheckpointError, match=rf"codes of 1\.gate_up do not add up to rows of {hidden} weights"):
+        damaged.expert(1)
+    assert torch.equal(damaged.expert(0).gate_up, bank.expert(0).gate_up)
+    assert torch.equal(damaged.expert(0).down, bank.expert(0).down)
 
 
 def test_errors_say_what_was_found():

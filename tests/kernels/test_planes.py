@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from bank_kernels import RELU, batch, check, dense
 
+from moekit.errors import CheckpointError
 from moekit.formats import NestedBank, TernaryBank
 from moekit.kernels import _drive, planes
 from moekit.kernels.planes import NestedProducts, TernaryProducts
@@ -80,6 +83,18 @@ def test_compiled_kernels_are_used_and_nothing_else(monkeypatch, rows):
     ):
         monkeypatch.setattr(type(bank), "some", refused)
         assert kind(bank).up(2, torch.randn(rows, 16)).shape == (rows, 16)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("rows", [1, 30])
+def test_damaged_codes_never_reach_the_loops(rows):
+    bank = TernaryBank.quantise(dense())
+    stored = dict(bank.stored)
+    stored["2.down.offsets"] = stored["2.down.offsets"] + 1
+    products = TernaryProducts(replace(bank, stored=stored))
+    with pytest.raises(CheckpointError, match=r"codes of 2\.down do not add up"):
+        products.rows(2, torch.randn(rows, 16))
+    assert products.rows(1, torch.randn(rows, 16)).shape == (rows, 16)
 
 
 def test_results_do_not_depend_on_the_run():

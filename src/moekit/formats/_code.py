@@ -89,6 +89,20 @@ def decode(codes_Q: Tensor, rows: int, columns: int) -> Tensor:
     return table[found][valid].view(rows, -1)[:, :columns]
 
 
+def sound(codes_Q: Tensor, offsets: Tensor, columns: int) -> bool:
+    """Whether the codes of every row add up to its columns: what kernels rely on when they read a file's codes."""
+    codes, ends = codes_Q.cpu().numpy(), offsets.cpu().numpy()
+    if ends[0] != 0 or ends[-1] != len(codes) or (np.diff(ends) < (columns > 0)).any():
+        return False
+    table = dictionary()
+    lengths = table.lengths[codes].astype(np.int64)
+    total = np.concatenate([[0], lengths.cumsum()])
+    if (np.diff(total[ends]) != columns + columns % 2).any():
+        return False
+    last = ends[1:] - 1
+    return columns % 2 == 0 or not table.symbols[codes[last], lengths[last] - 1].any()
+
+
 def zeros(codes_Q: Tensor, rows: int, columns: int) -> int:
     """How many weights are zero."""
     counts = (dictionary().symbols > 0).sum(1)

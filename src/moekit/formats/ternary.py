@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..bank import SILU_MUL, Activation
-from ..errors import OptionError
+from ..errors import CheckpointError, OptionError
 from . import _code, _grid
 from ._stored import Spec, StoredBank, biases, finite, given_biases, matrices
 from .dense import DenseBank
@@ -155,8 +155,17 @@ class TernaryBank(StoredBank):
         bank = cls.from_symbols(experts, dtype=dense.dtype, activation=dense.activation)
         return replace(bank, stored={**bank.stored, **biases(dense)})
 
+    def check_codes(self, expert: int, part: str) -> None:
+        """Raises :class:`CheckpointError` where the codes of a matrix do not add up to its rows."""
+        codes, offsets = (self.stored[f"{expert}.{part}.{leaf}"] for leaf in ("codes", "offsets"))
+        if not _code.sound(codes, offsets, self.size(part)[1]):
+            raise CheckpointError(
+                f"the codes of {expert}.{part} do not add up to rows of {self.size(part)[1]} weights: "
+                "the file is damaged, or was written by something else"
+            )
+
     def some(self, expert: int, part: str, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Some rows of a matrix, decoded; only their codes are read."""
+        """Some rows of a matrix, decoded; only their codes are read, and not checked."""
         name = f"{expert}.{part}"
         first, last, _ = rows.indices(self.size(part)[0])
         offsets = self.stored[f"{name}.offsets"]
@@ -166,6 +175,7 @@ class TernaryBank(StoredBank):
         return torch.cat([torch.zeros_like(levels[:, :1]), levels], dim=1).gather(1, symbols)
 
     def _decode(self, expert: int, part: str, dtype: torch.dtype) -> Tensor:
+        self.check_codes(expert, part)
         return self.some(expert, part, slice(None), dtype)
 
     def _weights(self) -> int:

@@ -90,6 +90,17 @@ class TernaryProducts(_Decoded):
 
     bank: TernaryBank
 
+    def __init__(self, bank: TernaryBank, finish: Finish | None = None) -> None:
+        super().__init__(bank, finish)
+        self._checked: set[tuple[int, str]] = set()
+
+    def _product(self, x_MK: Tensor, expert: int, part: str) -> Tensor:
+        # compiled loops follow the codes without looking at bounds, and a file may hold anything
+        if (expert, part) not in self._checked:
+            self.bank.check_codes(expert, part)
+            self._checked.add((expert, part))
+        return super()._product(x_MK, expert, part)
+
     def _row(self, compiled: Any, expert: int, part: str, x_K: Tensor, out_N: Tensor) -> None:
         compiled.ternary_row(*self._arrays(expert, part, slice(0, len(out_N))), x_K.numpy(), out_N.numpy())
 
