@@ -131,6 +131,13 @@ def test_a_model_without_a_cache_is_refused(model):
             writer.step(torch.tensor([1]))
 
 
+def test_a_cache_with_state_that_is_not_reordered_is_refused():
+    """The cache of one family keeps its linear layers' state apart, where the inherited reordering does not reach."""
+    model, _ = families.build("minimax")
+    with pytest.raises(UnsupportedModelError, match="keeps no cache that beams can share"):
+        self_sample(model.eval(), sequences=1, length=4)
+
+
 def test_imbalance_runs_from_nought_to_one(model):
     writer = Writer(model)
     count = writer.blocks[0].num_experts

@@ -23,7 +23,7 @@ from moekit.algebra import second_moments
 from moekit.bank import Activation, ExpertBank, ExpertWeights
 from moekit.contract import Routing
 from moekit.errors import ProfileError
-from moekit.kernels import forward, run
+from moekit.kernels import forward
 
 if TYPE_CHECKING:
     from moekit.profile import LayerProfile
@@ -117,10 +117,12 @@ def replaced_error(sample: Sample, bank: ExpertBank, expert: int, instead: Exper
 
 def dense_outputs(bank: ExpertBank, x_NH: Tensor, max_bytes: int = WORK_BYTES) -> Iterator[Tensor]:
     """Outputs of ALL experts on the same tokens, a block of tokens at a time: [E, n, H] each, in order."""
-    size = max(1, max_bytes // (2 * 4 * bank.num_experts * bank.hidden_size))
+    size = max(1, max_bytes // (4 * bank.num_experts * bank.hidden_size))
     for x_nH in x_NH.split(size):
-        every_nE = torch.arange(bank.num_experts).expand(len(x_nH), -1)
-        yield run(bank, x_nH, Routing(every_nE, torch.ones(every_nE.shape))).transpose(0, 1)
+        y_EnH = torch.empty(bank.num_experts, *x_nH.shape)
+        for e in range(bank.num_experts):
+            y_EnH[e] = output(bank.expert(e), bank.activation, x_nH)
+        yield y_EnH
 
 
 class Likeness(NamedTuple):
@@ -135,10 +137,10 @@ def output_likeness(bank: ExpertBank, x_NH: Tensor, max_bytes: int = WORK_BYTES)
     ``gram[i, i] + gram[j, j] - 2 gram[i, j]``. Float64; an output of zero has cosine 0 with all."""
     cosine_EE, gram_EE = (torch.zeros(bank.num_experts, bank.num_experts, dtype=torch.float64) for _ in range(2))
     for y_EnH in dense_outputs(bank, x_NH, max_bytes):
-        norm_En1 = torch.linalg.vector_norm(y_EnH, dim=-1, keepdim=True)
-        for total_EE, rows_EnH in ((gram_EE, y_EnH), (cosine_EE, y_EnH / norm_En1.clamp(min=1e-30))):
-            flat = rows_EnH.flatten(1)
-            total_EE += (flat @ flat.T).double()
+        flat = y_EnH.flatten(1)
+        gram_EE += (flat @ flat.T).double()
+        y_EnH /= torch.linalg.vector_norm(y_EnH, dim=-1, keepdim=True).clamp(min=1e-30)
+        cosine_EE += (flat @ flat.T).double()
     return Likeness(cosine_EE / max(len(x_NH), 1), gram_EE)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from moekit.blocks import blocks
 from moekit.errors import UnsupportedModelError
@@ -52,7 +52,7 @@ class Writer:
             self.usage_RE = [torch.zeros(len(id_R), block.num_experts) for block in self.blocks]
         output = self.model(input_ids=id_R[:, None].to(self._device), past_key_values=self._cache, use_cache=True)
         self._cache = getattr(output, "past_key_values", None)
-        if not hasattr(self._cache, "reorder_cache"):
+        if not _can_be_shared(self._cache):
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} keeps no cache that beams can share: only models with one can write text"
             )
@@ -86,6 +86,16 @@ class Writer:
         marks = torch.zeros(len(expert), block.num_experts + 1)
         marks.scatter_add_(1, torch.where(expert < 0, block.num_experts, expert), torch.ones(expert.shape))
         self.usage_RE[index] += marks[:, :-1]
+
+
+def _can_be_shared(cache: Any) -> bool:
+    """Whether its rows can be rearranged. A kind that selects rows in its own way but inherits the reordering has state
+    of its own that the inherited way would leave where it was."""
+    kind = type(cache)
+    if not issubclass(kind, Cache):
+        return False
+    own_rows = kind.batch_select_indices is not Cache.batch_select_indices
+    return not own_rows or kind.reorder_cache is not Cache.reorder_cache
 
 
 def usual_tokens(model: PreTrainedModel) -> list[int]:
