@@ -1,8 +1,9 @@
 """Compress a random checkpoint of a public model's true shapes inside a memory cap, timed against a plain copy.
 
-    python benchmarks/scale.py --work DIR [--with reap:keep=0.5] [--max-ram 3GB] [--layers 16]
+    python benchmarks/scale.py --work DIR [--shapes olmoe|qwen3-30b] [--with reap:keep=0.5] [--max-ram 3GB] [--layers N]
 
-The weights are random: figures are of speed, memory and bytes, never of quality. Writes ``benchmarks/scale.json``.
+The weights are random: figures are of speed, memory and bytes, never of quality. ``benchmarks/scale.json`` holds the
+last run of each choice of shapes and methods.
 """
 
 from __future__ import annotations
@@ -19,23 +20,38 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import OlmoeConfig, OlmoeForCausalLM
+from transformers import AutoModelForCausalLM, OlmoeConfig, PretrainedConfig, Qwen3MoeConfig
 
 from moekit.lab import mini, text
 
 RESULT = Path(__file__).with_name("scale.json")
 
 
-def write_random_checkpoint(folder: Path, num_layers: int, seed: int = 0) -> int:
-    """OLMoE-1B-7B's shapes (64 experts, top-8, hidden 2048, bf16) as published; returns bytes of weights."""
+def olmoe(layers: int) -> PretrainedConfig:
+    """64 experts, top-8, hidden size 2048, experts 1024 wide; 16 layers are 13.8 GB in bfloat16."""
+    return OlmoeConfig(num_hidden_layers=layers, num_experts=64, num_experts_per_tok=8, intermediate_size=1024)
+
+
+def qwen3_30b(layers: int) -> PretrainedConfig:
+    """128 experts, top-8, hidden size 2048, experts 768 wide; 48 layers are 61 GB in bfloat16."""
+    sizes = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_attention_heads": 32, "num_key_value_heads": 4}
+    experts = {"num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True}
+    return Qwen3MoeConfig(num_hidden_layers=layers, head_dim=128, **sizes, **experts)
+
+
+SHAPES = {"olmoe": (olmoe, 16, "OLMoE-1B-7B"), "qwen3-30b": (qwen3_30b, 4, "Qwen3-30B-A3B")}
+
+
+def write_random_checkpoint(folder: Path, config: PretrainedConfig, seed: int = 0) -> int:
+    """A checkpoint laid out as published; returns bytes of weights."""
     folder.mkdir(parents=True)
-    config = OlmoeConfig(num_hidden_layers=num_layers, num_experts=64, num_experts_per_tok=8, intermediate_size=1024)
-    config.architectures, config.dtype = ["OlmoeForCausalLM"], torch.bfloat16
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    config.architectures, config.dtype = [type(model).__name__], torch.bfloat16
     config.save_pretrained(folder)
     for file in mini().glob("tokenizer*"):
         shutil.copy(file, folder)
-    with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in OlmoeForCausalLM(config).state_dict().items()}
+    shapes, num_layers = {n: tuple(p.shape) for n, p in model.state_dict().items()}, config.num_hidden_layers
     generator = torch.Generator().manual_seed(seed)
     weight_map, total = {}, 0
     units = [f"model.layers.{i}." for i in range(num_layers)] + [""]
@@ -103,7 +119,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder with room for three times the checkpoint")
     parser.add_argument("--with", dest="methods", action="append", help="method, as for moekit compress")
     parser.add_argument("--max-ram", default="3GB")
-    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--shapes", choices=list(SHAPES), default="olmoe")
+    parser.add_argument("--layers", type=int, help="instead of 16 (olmoe) or 4 (qwen3-30b)")
     parser.add_argument("--max-tokens", type=int, default=512)
     args = parser.parse_args()
     methods = args.methods or ["reap:keep=0.5"]
@@ -111,7 +128,9 @@ def main() -> None:
     source, output = args.work / "source", args.work / "output"
     for old in (source, output):
         shutil.rmtree(old, ignore_errors=True)
-    size = write_random_checkpoint(source, args.layers)
+    make, layers, name = SHAPES[args.shapes]
+    layers = args.layers or layers
+    size = write_random_checkpoint(source, make(layers))
     calibration = args.work / "calibration.txt"
     calibration.write_text(text("python", "calibration", max_bytes=args.max_tokens * 2))
     copy_seconds = timed_copy(source, args.work / "copy")
@@ -122,19 +141,22 @@ def main() -> None:
     seconds, peak = timed_child(command)
     written = sum(f.stat().st_size for f in output.glob("*.safetensors"))
     result = {
-        "what": "random weights at the true shapes of OLMoE-1B-7B: speed, memory and bytes only",
+        "what": f"random weights at the true shapes of {name}: speed, memory and bytes only",
         "machine": {"cpu": platform.processor() or platform.machine(), "threads": os.cpu_count()},
-        "layers": args.layers,
+        "layers": layers,
         "methods": methods,
         "max_ram": args.max_ram,
         "source_gb": round(size / 1e9, 2),
         "output_gb": round(written / 1e9, 2),
         "seconds": round(seconds, 1),
+        "seconds_per_layer": round(seconds / layers, 1),
         "peak_rss_gb": round(peak, 2),
         "copy_seconds": round(copy_seconds, 1),
         "ratio_to_copy": round(seconds / copy_seconds, 2),
     }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    runs = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    runs[f"{args.shapes} {'/'.join(methods)}"] = result
+    RESULT.write_text(json.dumps(runs, indent=2, sort_keys=True) + "\n")
     print(json.dumps(result, indent=2))
 
 
