@@ -204,6 +204,13 @@ def test_systems():
     assert {row["wing"] for row in parsed("systems", "--wing", "steer")} == {"steer"}
     assert "EASY-EP" in call("systems", "easy-ep")[1]
     assert "planned" in call("systems")[1]
+    merging = parsed("systems", "expert", "merging")
+    assert len(merging) > 1
+    assert {row["key"] for row in parsed("systems", "expert", "merging", "--wing", "compress")} < {
+        row["key"] for row in rows
+    }
+    assert all(row["title"] in call("systems", "expert", "merging")[1] for row in merging)
+    assert "arXiv id" in call("systems", "1701.00001")[2]
 
 
 def test_reproduce_shows_the_experiment_s_result(monkeypatch):

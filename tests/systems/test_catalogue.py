@@ -157,3 +157,28 @@ def test_page_shows_every_row_and_the_figures(package):
     assert "### easy-ep (shown)" in text
     assert "| shown | 1 |" in text
     assert "| planned | 181 |" in text
+
+
+@pytest.mark.parametrize("query", ["m-smoe", "2310.01334", "arXiv:2310.01334v2"])
+def test_search_finds_what_is_named(query):
+    assert [row.key for row in systems.search(query)] == ["m-smoe"]
+
+
+def test_search_finds_words_of_titles():
+    found = systems.search("expert merging")
+    assert len(found) > 1
+    assert all("merg" in row.title.lower() and "expert" in row.title.lower() for row in found)
+    assert {row.n for row in systems.search("Merging EXPERT")} == {row.n for row in found}
+    assert [row.n for row in found] == sorted(row.n for row in found)
+
+
+def test_an_arxiv_id_without_code_says_how_else_to_look():
+    with pytest.raises(OptionError, match=r"no paper '1701\.00001' .* known by their arXiv id, the others by title"):
+        systems.search("1701.00001")
+
+
+def test_words_that_no_title_has_name_the_nearest():
+    with pytest.raises(OptionError, match=r"no paper 'merging zebras' in the catalogue: did you mean [\w-]+ or"):
+        systems.search("merging zebras")
+    with pytest.raises(OptionError, match="words of a title"):
+        systems.search("xyzzy")

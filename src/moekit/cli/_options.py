@@ -32,7 +32,10 @@ MaxTokens = Annotated[
 With = Annotated[
     list[str],
     typer.Option(
-        "--with", metavar="METHOD[:KEY=VALUE,...]", help="A method with its options. Repeatable: applied in order."
+        "--with",
+        metavar="METHOD[@LAYERS][:KEY=VALUE,...]",
+        help="A method with its options. Repeatable: applied in order. With @ and a pattern, such as "
+        "model.layers.[0-3].*, other options for those layers.",
     ),
 ]
 Format = Annotated[

@@ -32,6 +32,7 @@ def plan(
     Examples:
       moekit plan moekit:mini --with reap:keep=0.5 --profile mini.profile --output half.json
       moekit plan ./model --with easy-ep:keep=32 --with rtn:bits=8 --text notes.txt --output plan.json
+      moekit plan ./model --with rtn:bits=4 --with 'rtn@model.layers.[0-3].*:bits=8' --output plan.json
     """
     if output.exists() and not overwrite:
         raise OutputError(f"{output} exists: choose another name or give --overwrite")

@@ -10,24 +10,31 @@ from moekit.cli._options import Json
 
 
 def systems(
-    key: Annotated[str | None, typer.Argument(metavar="KEY", help="A key, a number, or an arXiv id.")] = None,
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="[KEY | WORDS...]", help="A key, a number, an arXiv id, or words of a title."),
+    ] = [],  # noqa: B006
     wing: Annotated[str | None, typer.Option("--wing", metavar="W", help="Only the papers of one wing.")] = None,
     as_json: Json = False,
 ) -> None:
-    """List every paper of the catalogue, or show one: where it lives, what it claims, what was shown here.
+    """List every paper of the catalogue, those with some words in their title, or show one: where it lives, what it
+    claims, what was shown here.
 
     \b
     Examples:
       moekit systems --wing compress
       moekit systems easy-ep
+      moekit systems merging experts
     """
     from moekit import systems as catalogue
 
-    rows = [catalogue.find(key)] if key else catalogue.records(wing)
+    rows = catalogue.records(wing)
+    if words:
+        rows = [row for row in catalogue.search(" ".join(words)) if row in rows]
     if as_json:
         _show.emit([row.as_dict() for row in rows])
         return
-    if not key:
+    if len(rows) != 1 or not words:
         count = Counter(row.outcome for row in rows)
         _show.table(
             ("n", "key", "wing", "outcome", "title"),

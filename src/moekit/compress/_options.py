@@ -10,10 +10,11 @@ import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from moekit.errors import OptionError
-from moekit.plan.planner import Method
+from moekit.plan.overrides import Overridden
+from moekit.plan.planner import Method, Planner
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
 
@@ -28,6 +29,37 @@ def method(spec: str) -> Method:
     """The method that ``name`` or ``name:key=value,key=value`` is; OptionError names the nearest valid choice."""
     name, _, options = spec.partition(":")
     kind = _class_of(name.strip())
+    return kind(**_values(name, kind, options))
+
+
+def sequence(specs: Sequence[str]) -> list[Planner]:
+    """Several methods to run one after the other.
+
+    ``name@pattern:options`` overrides the options of the last method of that name in the layers whose names match the
+    shell pattern; where none came before, the method runs in those layers only.
+    """
+    found: list[Planner] = []
+    for spec in specs:
+        head, _, options = spec.partition(":")
+        name, at, pattern = (part.strip() for part in head.partition("@"))
+        if not at:
+            found.append(method(spec))
+            continue
+        kind = _class_of(name)
+        if not pattern:
+            raise OptionError(f"{spec}: expected a layer's name or a pattern after @, such as {name}@model.layers.0.*")
+        values = _values(name, kind, options)
+        at_most = [i for i, one in enumerate(found) if isinstance(one, Method | Overridden) and one.name == name]
+        if not at_most:
+            found.append(Overridden(None, ((pattern, kind(**values)),)))
+            continue
+        before = found[at_most[-1]]
+        whole = before if isinstance(before, Overridden) else Overridden(cast(Method, before), ())
+        found[at_most[-1]] = whole.but(pattern, **values)
+    return found
+
+
+def _values(name: str, kind: type[Method], options: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for option in filter(None, (part.strip() for part in options.split(","))):
         key, equals, value = (part.strip() for part in option.partition("="))
@@ -36,12 +68,7 @@ def method(spec: str) -> Method:
         if key in values:
             raise OptionError(f"{name}: the option '{key}' is given twice")
         values[key] = _value(name, kind, key, value)
-    return kind(**values)
-
-
-def sequence(specs: Sequence[str]) -> list[Method]:
-    """Several methods to run one after the other."""
-    return [method(spec) for spec in specs]
+    return values
 
 
 def _class_of(name: str) -> type[Method]:

@@ -3,6 +3,7 @@
 import csv
 import difflib
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -95,7 +96,7 @@ def extras() -> list[Header]:
 
 def find(query: str) -> Record:
     """The row with this key, number or arXiv id; raises OptionError naming the nearest keys where there is none."""
-    wanted = query.strip().lower().removeprefix("arxiv:")
+    wanted = _plain(query)
     rows = records()
     for row in rows:
         if wanted in (row.key, str(row.n), row.arxiv):
@@ -103,11 +104,48 @@ def find(query: str) -> Record:
     raise OptionError(f"no paper {query!r} in the catalogue: {_hint(wanted, rows)}")
 
 
+def search(query: str) -> list[Record]:
+    """The row that :func:`find` finds, else all whose title has every word of the query (or begins one so), in order.
+
+    Raises OptionError, naming the nearest, where there is none of either.
+    """
+    wanted = _plain(query)
+    rows = records()
+    exact = [row for row in rows if wanted in (row.key, str(row.n), row.arxiv)]
+    if exact or _ARXIV.fullmatch(wanted):
+        return exact or [find(query)]
+    asked = _words(query)
+    found = [row for row in rows if asked and all(_begins(word, row) for word in asked)]
+    return found or [find(query)]
+
+
+_ARXIV = re.compile(r"\d{4}\.\d{4,5}(v\d+)?")
+
+
+def _plain(query: str) -> str:
+    return re.sub(r"^arxiv:\s*|(?<=\.\d{5})v\d+$", "", query.strip().lower())
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", text.lower())
+
+
+def _begins(word: str, row: Record) -> bool:
+    return any(other.startswith(word) for other in _words(f"{row.title} {row.key}"))
+
+
 def _hint(wanted: str, rows: list[Record]) -> str:
+    if _ARXIV.fullmatch(wanted):
+        known = sum(row.arxiv is not None for row in rows)
+        return (
+            f"only the {known} papers with code here are known by their arXiv id, the others by title; "
+            "give words of its title, such as `moekit systems merging experts`"
+        )
     near = difflib.get_close_matches(wanted, [row.key for row in rows], n=3)
-    if len(wanted) > 2:
-        near += [row.key for row in rows if wanted in row.title.lower() or wanted in row.key]
+    asked = set(_words(wanted))
+    shared = {row.key: sum(_begins(word, row) for word in asked) for row in rows}
+    near += sorted((key for key in shared if shared[key]), key=lambda key: -shared[key])
     near = list(dict.fromkeys(near))[:3]
     if near:
         return f"did you mean {' or '.join(near)}?"
-    return f"give a key, a number from 1 to {len(rows)}, or the arXiv id of a method that has code"
+    return f"give a key, a number from 1 to {len(rows)}, words of a title, or the arXiv id of a method that has code"
