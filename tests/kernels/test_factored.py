@@ -46,12 +46,19 @@ def test_low_rank(tokens, kind, rows):
 
 
 @tokens
-@kinds
 @pytest.mark.parametrize("group", GROUPS, ids=str)
 @pytest.mark.parametrize("down", [None, 5])
 @pytest.mark.parametrize("run", [_drive, whole], ids=["row by row", "whole batch"])
-def test_latent(tokens, kind, group, down, run):
-    bank = LatentBank.factorise(dense(**kind), group, 7, share_down=down)
+def test_latent(tokens, group, down, run):
+    bank = LatentBank.factorise(dense(), group, 7, share_down=down)
+    check(LatentProducts(bank), bank, tokens, run=run)
+
+
+@kinds
+@pytest.mark.parametrize("run", [_drive, whole], ids=["row by row", "whole batch"])
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_latent_of_every_kind(tokens, kind, run):
+    bank = LatentBank.factorise(dense(**kind), 2, 7, share_down=5)
     check(LatentProducts(bank), bank, tokens, run=run, bound=bound(kind))
 
 
