@@ -46,6 +46,9 @@ def seen(seed: int = 0, experts: int = 8) -> LayerProfile:
     arrays = sums | {"counts": counts, "logit_gram": logits.T @ logits}
     arrays |= {name: draw.random(counts.shape) * counts for name in ("selected_probability", "strong_logit")}
     arrays |= {"tokens": np.full((1, 2, 1), 25.0), "max_abs_down": draw.random(experts)}
+    arrays |= {"hidden": draw.normal(size=(50, 6)).astype(np.float32), "sample_domain": np.arange(50) % 2}
+    arrays |= {"sample_expert": draw.permuted(np.tile(np.arange(experts), (50, 1)), axis=1)[:, :2].astype(np.int32)}
+    arrays |= {"sample_weight": draw.random((50, 2)).astype(np.float32)}
     return LayerProfile("layer", 0, experts, 2, ("code", "prose"), arrays)
 
 
