@@ -7,8 +7,11 @@ import torch
 from expert_modules import Flags, batch, make
 
 from moekit.contract import PAD
-from moekit.kernels import fused
+from moekit.formats import DenseBank, PackedBank
+from moekit.kernels import _drive, fused
 from moekit.kernels._layer import Layer
+from moekit.kernels.integers import IntegerProducts
+from moekit.kernels.integers import unfit as unfit_bank
 from moekit.kernels.plain import PlainProducts
 from moekit.kernels.reference import reference, reference_slots
 
@@ -120,3 +123,94 @@ def test_what_is_not_compiled_for_says_why(monkeypatch):
         monkeypatch.setattr(fused, "lacking", lambda: "Numba is not installed")
         assert fused.unfit(Layer.of_module(module)) == "Numba is not installed"
         torch.testing.assert_close(module(*arguments), compiled, rtol=1e-5, atol=1e-5)
+
+
+WIDTHS = [1, 2, 3, 4, 8, 16]
+
+
+def packed(dtype=torch.float32, bits=WIDTHS, group=64, bias=True, **sizes):
+    """(bank of mixed widths, the same decoded)."""
+    module = make(Flags(bias=bias), dtype, experts=len(bits), **{"hidden": 128, "inner": 64, **sizes})
+    layer = Layer.of_module(module)
+    dense = DenseBank(*(t if t is None else t.detach() for t in (layer.gate_up, layer.down)))
+    if bias:
+        dense = DenseBank(dense.gate_up, dense.down, layer.gate_up_bias.detach(), layer.down_bias.detach())
+    bank = PackedBank.quantise(dense, bits, group)
+    return bank, Layer.of_bank(bank.dequantise())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tokens", [0, 1, 5, 120])
+def test_packed_integers_of_mixed_widths(dtype, bias, tokens):
+    bank, layer = packed(dtype, bias=bias)
+    products, arguments = IntegerProducts(bank), batch(tokens, 6, 4, 128, dtype)
+    assert products.fused is not None
+    x, index, weights = arguments
+    wide = Layer(*(None if t is None else t.double() for t in layer_weights(layer)), layer.activation)
+    close(_drive.forward(products, *arguments), reference(wide, x.double(), index, weights.double()), BOUND[dtype])
+
+
+def layer_weights(layer):
+    return layer.gate_up, layer.down, layer.gate_up_bias, layer.down_bias
+
+
+@pytest.mark.parametrize("bits", WIDTHS[:-1])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 60])
+def test_every_width_and_number_of_rows(bits, rows):
+    bank, layer = packed(bits=[bits, 4])
+    x, _, weights = batch(rows, 2, 1, 128)
+    index = torch.zeros(rows, 1, dtype=torch.long)
+    wide = Layer(*(t.double() for t in layer_weights(layer)), layer.activation)
+    expected = reference(wide, x.double(), index, weights.double())
+    close(IntegerProducts(bank).fused.forward(x, index, weights), expected, 2e-6)
+
+
+@pytest.mark.parametrize("bits", WIDTHS[:-1])
+@pytest.mark.parametrize("special", [False, True])
+def test_unpacking_with_and_without_the_special_instruction(monkeypatch, bits, special):
+    """Every byte is decoded alike by the plain vector code and by AVX-512 VBMI."""
+    from numba import njit
+
+    from moekit.kernels import _inner, _simd
+
+    if special and not _simd.FEATURES.get("avx512vbmi"):
+        pytest.skip("this CPU has no AVX-512 VBMI")
+    monkeypatch.setitem(_simd.FEATURES, "avx512vbmi", special)
+    kind, transpose, bank = f"q{bits}", _inner.transpose, packed(bits=[bits, bits])[0]
+    q, scales, mins = (bank.stored[f"0.gate_up.{leaf}"] for leaf in ("qweight", "scales", "mins"))
+    out, stride, groups = torch.empty(128, 32), q.stride(0), scales.stride(0) * 2
+
+    @njit
+    def turn(weight, scales, mins, out):
+        transpose(kind, weight, stride, scales, mins, groups, 6, 128, out)
+
+    turn(q.data_ptr(), scales.data_ptr(), mins.data_ptr(), out.data_ptr())
+    torch.testing.assert_close(out.t(), bank.matrix(0, "gate_up")[:32], rtol=1e-6, atol=1e-6)
+
+
+def test_larger_groups_and_what_is_not_compiled_for(monkeypatch):
+    bank, layer = packed(group=[64, 64, 64, 64, 64, 64], hidden=256, inner=128)
+    larger, _ = packed(group=[128, 64, 128, 64, 128, 64], hidden=256, inner=128)
+    assert unfit_bank(bank) is None
+    arguments = batch(9, 6, 3, 256)
+    decoded = Layer.of_bank(larger.dequantise())
+    wide = Layer(*(t.double() for t in layer_weights(decoded)), layer.activation)
+    x, index, weights = arguments
+    close(IntegerProducts(larger).fused.forward(*arguments), reference(wide, x.double(), index, weights.double()), 2e-6)
+    assert "groups of 32 in expert 0" in unfit_bank(packed(group=32)[0])
+    assert "groups of 192 in expert 0" in unfit_bank(packed(group=192, hidden=192, inner=192)[0])
+    assert "only multiples of 64" in unfit_bank(packed(hidden=96)[0])
+    assert "no compiled kernel for float64" in unfit_bank(packed(torch.float64)[0])
+    monkeypatch.setattr("moekit.kernels.integers.lacking", lambda: "Numba is not installed")
+    assert unfit_bank(bank) == "Numba is not installed"
+    assert IntegerProducts(bank).fused is None
+
+
+def test_float64_inputs_keep_their_precision():
+    """Fused kernels add in float32; packed integers under float64 inputs run by torch operations."""
+    bank, layer = packed()
+    x, index, weights = batch(7, 6, 3, 128, torch.float64)
+    wide = Layer(*(t.double() for t in layer_weights(layer)), layer.activation)
+    got = _drive.forward(IntegerProducts(bank), x, index, weights)
+    close(got, reference(wide, x, index, weights), 1e-6)

@@ -27,13 +27,10 @@ JOB = _record(
     "counter", "here", "tasks", "table", "experts", "x", "width", "out", "columns", "half", "hidden", "scales"
 )
 """``here``: its own address; ``table``: address of tasks [.., 5] (expert, first row, end, first column, end);
-``experts``: address of [E, 7] as in :data:`FIELDS`; ``x`` [S, width] and ``out`` [S, columns] float32. Where ``half``
-is not 0, the columns of a task are done in both halves of ``out``; where ``hidden`` is not 0 either, silu(first half) *
-second half goes there, [S, half]. With int8 weights x is bytes, times ``scales`` [S].
+``experts``: address of [E, 7], the FIELDS of :mod:`moekit.kernels.fused`; ``x`` [S, width] and ``out`` [S, columns]
+float32. Where ``half`` is not 0, the columns of a task are done in both halves of ``out``; where ``hidden`` is not 0
+either, silu(first half) * second half goes there, [S, half]. With int8 weights x is bytes, times ``scales`` [S].
 """
-
-FIELDS = ("weight", "stride", "scales", "mins", "scale_stride", "shift", "bias")
-"""Of one expert's matrix: addresses, bytes of a row and of a row of scales, logarithm of the group size."""
 
 PANEL = 32
 """Columns of ``out`` that are computed together."""

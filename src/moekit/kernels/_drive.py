@@ -75,7 +75,7 @@ def slots(products: Products, x_TH: Tensor, index_TK: Tensor) -> Tensor:
 
 def _fused(products: Products, x_TH: Tensor) -> Fused | None:
     """The compiled form of the products, where there is one for these inputs."""
-    return None if x_TH.dtype == torch.float64 else getattr(products, "fused", None)
+    return None if products.dtype(x_TH) == torch.float64 else getattr(products, "fused", None)
 
 
 def _all_rows(products: Products, x_TH: Tensor, plan: Plan) -> Tensor:

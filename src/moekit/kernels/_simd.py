@@ -1,7 +1,7 @@
 """Emitting vector code: what the intrinsics of :mod:`moekit.kernels._inner` are made of, in LLVM's own vectors.
 
 A function here takes the builder ``b`` and LLVM values and emits instructions. Vectors are 16 wide. Kinds of weights:
-"float32", "bfloat16", "float16", and integers in groups "q2", "q3", "q4", "q8" (see :mod:`moekit.formats.packed`).
+"float32", "bfloat16", "float16", and integers in groups, "q1" to "q8" (see :mod:`moekit.formats.packed`).
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -181,7 +181,7 @@ def range_of(start: int, count: int) -> list[int]:
     return list(range(start, start + count))
 
 
-BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "q8": 8, "q4": 4, "q3": 3, "q2": 2}
+BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "q8": 8, "q4": 4, "q3": 3, "q2": 2, "q1": 1}
 COLUMNS: dict[str, Callable] = {"float32": _float32, "bfloat16": _bfloat16, "float16": _float16}
 COLUMNS |= {kind: _integers(bits) for kind, bits in BITS.items() if bits <= 8}
 

@@ -35,6 +35,10 @@ UNIT = 32
 """Both sizes of a matrix must be multiples of this many weights."""
 
 
+FIELDS = ("weight", "stride", "scales", "mins", "scale_stride", "shift", "bias")
+"""Of one expert's matrix: addresses, bytes of a row and of a row of scales, logarithm of the group size."""
+
+
 @cache
 def compiled() -> Any:
     """The module of compiled loops; only where :func:`lacking` finds nothing."""
@@ -89,7 +93,7 @@ class Rows:
 
 @dataclass(eq=False)
 class Matrices:
-    """One matrix [N, K] of every expert: ``table`` [E, 7] as :data:`_compiled.FIELDS`, ``kinds[e]`` its weights' kind.
+    """One matrix [N, K] of every expert: ``table`` [E, 7] as :data:`FIELDS`, ``kinds[e]`` its weights' kind.
 
     ``form`` is how the weights lie: "rows", "panels" or "int8"; ``kept`` holds what the table's addresses point to.
     """
@@ -231,7 +235,7 @@ def dense(stacked_ENK: Tensor, bias_EN: Tensor | None) -> Matrices:
 
 def with_bias(experts: int, rows: int, bias_EN: Tensor | None) -> tuple[np.ndarray, Tensor]:
     """A table of experts in which only the biases are filled in, and what they point to."""
-    table = np.zeros((experts, len(compiled().FIELDS)), np.int64)
+    table = np.zeros((experts, len(FIELDS)), np.int64)
     bias = torch.zeros(1, rows) if bias_EN is None else bias_EN.detach().to(torch.float32).contiguous()
     table[:, 6] = bias.data_ptr() + (0 if bias_EN is None else np.arange(experts) * rows * 4)
     return table, bias

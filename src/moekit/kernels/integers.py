@@ -14,15 +14,20 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..formats import PackedBank
 from ._tiles import TILE, Tiles
+from .fused import FIELDS, Fused, Matrices, lacking
 
-_PLANES = {8: 1, 4: 2, 2: 4, 3: 8}
-"""Integers in the smallest whole unit of a packed row: 1, 2 or 4 to a byte, 8 to three bytes."""
+_PLANES = {8: 1, 4: 2, 3: 8, 2: 4, 1: 8}
+"""Integers in the smallest whole unit of a packed row: 8 to three bytes at 3 bits, else as many as a byte holds."""
+
+CHUNK = 64
+"""Columns that the fused kernels decode together; the group size must be this times a power of two."""
 
 FEW_ROWS = 3
 """Rows up to which compiled kernels multiply the packed integers directly instead of decoding tiles."""
@@ -35,6 +40,10 @@ class IntegerProducts:
         self.bank = bank
         self.finish = finish
         self.num_experts, self.activation = bank.num_experts, bank.activation
+        self.fused: Fused | None = None
+        if unfit(bank) is None:
+            up, down = (_matrices(bank, part) for part in bank.PARTS)
+            self.fused = Fused(up, down, bank.activation, finish)
 
     def dtype(self, x_TH: Tensor) -> torch.dtype:
         return torch.promote_types(x_TH.dtype, torch.float32)
@@ -71,10 +80,10 @@ def _grouped(x_MK: Tensor, packed_NB: Tensor, scales_NC: Tensor, mins_NC: Tensor
     x_KM = x_MK.view(count, -1, planes).transpose(1, 2).reshape(count, columns).t()
     out_NM = torch.mm(mins_NC.to(x_MK.dtype), x_MK.view(count, -1, group).sum(2).t())
     compiled = jit() if packed_NB.device.type == "cpu" and x_MK.dtype == torch.float32 else None
-    if compiled and count <= FEW_ROWS and bits in compiled.GEMV:
+    if compiled and count <= FEW_ROWS:
         packed, scale = packed_NB.numpy(), scales.numpy()
         for x_K, out_N in zip(x_KM.t(), out_NM.t(), strict=True):
-            compiled.GEMV[bits](packed, scale, x_K.view(planes, -1).numpy(), out_N.numpy(), group)
+            compiled.multiply(bits)(packed, scale, x_K.view(planes, -1).numpy(), out_N.numpy(), group)
         return out_NM.t()
     step = max(64, TILE // columns)
     buffer = x_MK.new_empty(min(step, rows), planes, columns // planes)
@@ -89,7 +98,7 @@ def _grouped(x_MK: Tensor, packed_NB: Tensor, scales_NC: Tensor, mins_NC: Tensor
 def _scaled(packed_NB: Tensor, scales_NC: Tensor, tile: Tensor, bits: int, group: int, compiled: Any) -> None:
     """Integers times scales into ``tile`` [N, planes, K / planes]."""
     if compiled:
-        compiled.FILL[bits](packed_NB.numpy(), scales_NC.numpy(), tile.numpy(), group)
+        compiled.fill(bits)(packed_NB.numpy(), scales_NC.numpy(), tile.numpy(), group)
     else:
         _unpack(packed_NB, bits, tile)
         planes = tile.shape[1]
@@ -107,6 +116,40 @@ def _unpack(packed_NB: Tensor, bits: int, tile: Tensor) -> None:
         words = low | (middle << 8) | (high << 16)
     for plane in range(tile.shape[1]):
         tile[:, plane] = (words >> (bits * plane)) & (2**bits - 1)
+
+
+def unfit(bank: PackedBank) -> str | None:
+    """Why the fused kernels cannot run a bank, or None."""
+    if any(size % CHUNK for size in bank.shape):
+        return f"sizes of {bank.hidden_size} and {bank.intermediate_size}: only multiples of {CHUNK} are compiled for"
+    for expert, (bits, group) in enumerate(zip(bank.bits, bank.group_size, strict=True)):
+        whole = group % CHUNK == 0 and group & (group - 1) == 0 and not any(size % group for size in bank.shape)
+        if bits != 16 and not whole:
+            return f"groups of {group} in expert {expert}: only {CHUNK}, {2 * CHUNK}, {4 * CHUNK} .. are compiled for"
+    if bank.dtype not in (torch.float32, torch.bfloat16, torch.float16) and 16 in bank.bits:
+        return f"no compiled kernel for {str(bank.dtype)[6:]}"
+    if any(t.device.type != "cpu" or not t.is_contiguous() for t in bank.stored.values()):
+        return "the experts are not in this machine's memory"
+    return lacking()
+
+
+def _matrices(bank: PackedBank, part: str) -> Matrices:
+    """One part of every expert, read where it lies."""
+    rows, width = bank.size(part)
+    table, kept = np.zeros((bank.num_experts, len(FIELDS)), np.int64), []
+    kinds = [str(bank.dtype)[6:] if bits == 16 else f"q{bits}" for bits in bank.bits]
+    for expert, group in enumerate(bank.group_size):
+        leaves = ("weight", "qweight", "scales", "mins", "bias")
+        leaf = {n: t for n in leaves if (t := bank.stored.get(f"{expert}.{part}.{n}")) is not None}
+        bias = leaf.pop("bias").to(torch.float32) if "bias" in leaf else torch.zeros(rows)
+        weight, *grid = leaf.values()
+        table[expert, :2] = weight.data_ptr(), weight.stride(0) * weight.element_size()
+        if grid:
+            scales, mins = grid
+            table[expert, 2:6] = scales.data_ptr(), mins.data_ptr(), scales.stride(0) * 2, group.bit_length() - 1
+        table[expert, 6] = bias.data_ptr()
+        kept += [*leaf.values(), bias]
+    return Matrices(rows, width, kinds, table, kept)
 
 
 @cache
