@@ -136,6 +136,17 @@ def test_codes_are_stored_as_given():
     assert all(torch.equal(tensor, bank.tensors()[name]) for name, tensor in again.tensors().items())
 
 
+def test_one_level_either_side_of_zero_is_exact_at_two_bits():
+    """{-a, 0, a}: the plain alternative to the ternary code where few weights are zero."""
+    generator = torch.Generator().manual_seed(0)
+    signs = {"gate_up": torch.randint(-1, 2, (16, 24), generator=generator), "down": torch.ones(24, 8, dtype=torch.int)}
+    level = {part: torch.rand(len(s), 1, generator=generator).bfloat16() for part, s in signs.items()}
+    codes = {part: Codes(s + 1, level[part], -level[part]) for part, s in signs.items()}
+    bank = PackedBank.from_codes([codes], 2, 24, dtype=torch.bfloat16)
+    for part, sign in signs.items():
+        assert torch.equal(bank.matrix(0, part), sign * level[part])
+
+
 def test_codes_that_cannot_be_stored():
     good = codes_of(PackedBank.quantise(make(1, 16, 8), 4, 8), 0)
 
