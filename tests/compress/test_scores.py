@@ -75,6 +75,12 @@ def test_tcess_is_the_mean_of_strong_raw_logits(seed: int, strongest: int, thres
     np.testing.assert_allclose(prose, plain_tcess(one.sample_logits[1::2], strongest, threshold), rtol=1e-9)
 
 
+def test_a_share_at_the_threshold_counts() -> None:
+    even = layer(sample_logits=np.tile([2.0, 2, -9, -9, -9, -9], (S, 1)))
+    assert tcess(even, strongest=2, threshold=0.5).tolist() == [2, 2, 0, 0, 0, 0]
+    assert not tcess(even, strongest=2, threshold=0.51).any()
+
+
 def test_a_negative_winner_scores_below_an_expert_that_never_wins() -> None:
     one = layer(sample_logits=np.tile([-1.0, -2, -3, -4, -5, -6], (S, 1)))
     assert tcess(one, strongest=2)[0] < tcess(one, strongest=2)[5] == 0

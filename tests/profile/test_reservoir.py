@@ -42,6 +42,7 @@ def test_batch_by_batch_keeps_what_the_rule_keeps_of_everything(seen, total, eac
         position, place = reservoir.admit(*part)
         kept[place] = part[0][position]
     assert np.array_equal(kept[reservoir.order], seen[0][pick(*seen, tokens=total, each=each)])
+    assert each or reservoir.order.max() < total, "places are given on"
 
 
 @settings(deadline=None)
