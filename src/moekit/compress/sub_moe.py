@@ -37,6 +37,7 @@ from moekit.algebra import (
     token_grams,
 )
 from moekit.compress._factors import biases, matrices, shrinks
+from moekit.compress._layers import made
 from moekit.compress._sample import NEEDS, WORK_BYTES, Sample, dense_outputs, hidden_units
 from moekit.compress._select import check_keep, count_to_keep
 from moekit.errors import OptionError
@@ -44,9 +45,8 @@ from moekit.formats import DenseBank, Factors, LowRankBank
 from moekit.plan import values
 from moekit.plan.document import LayerPlan, Plan
 from moekit.plan.merge import merged
-from moekit.plan.planner import Evaluate, Method, PlannedSource, Site, Source, sites_of
+from moekit.plan.planner import Evaluate, Method, Site, Source, sites_of
 from moekit.plan.recombine import recombined_expert
-from moekit.plan.resume import planned_layers
 
 if TYPE_CHECKING:
     from moekit.profile import LayerProfile, Profile
@@ -77,8 +77,6 @@ class SubMoe(Method):
     def plan(self, profile: Profile | None, source: Source, evaluate: Evaluate | None = None) -> Plan:
         seen = self.observed(profile, source)
         sites = [site for site in sites_of(source) if not site.extra]
-        done = source.done.fingerprint if isinstance(source, PlannedSource) else None
-        follows = [self.spec, source.fingerprint, done, profile.fingerprint if profile else None]
         makers = {}
         for first in range(0, len(sites), self.pool):
             pool = sites[first : first + self.pool]
@@ -86,8 +84,7 @@ class SubMoe(Method):
             for site in pool:
                 bank = partial(source.bank, site.name)
                 makers[site.name] = partial(self._layer, site, clusters, seen[site.name], bank)
-        layers = planned_layers(makers, follows)
-        return self.made(layers, profile, source)
+        return made(self, makers, profile, source)
 
     def _clusters(
         self, pool: Sequence[Site], seen: Mapping[str, LayerProfile], source: Source
@@ -138,12 +135,12 @@ def cut(plan: LayerPlan, bank: DenseBank, sample: Sample, rank: int) -> LayerPla
         found = {part: matrix.double() for part, matrix in matrices(mean).items()}
         spread, seen = output_moments(bank, np.flatnonzero(labels == index).tolist(), sample, small)
         unseen += [] if seen else [index]
-        made: dict[str, Factors | Tensor] = dict(found)
+        parts: dict[str, Factors | Tensor] = dict(found)
         for part in small:
             same = torch.eye(len(found[part]), dtype=torch.float64)
             basis = low_rank(same, min(rank, len(same)), spread[part]).left
-            made[part] = Factors(basis, basis.T @ found[part])
-        experts.append(made)
+            parts[part] = Factors(basis, basis.T @ found[part])
+        experts.append(parts)
         means.append(mean)
     kept = LowRankBank.from_factors(experts, dtype=bank.dtype, activation=bank.activation, biases=biases(means))
     why = f"{', '.join(small)} cut to rank {rank} of the outputs they share on {len(sample)} sampled tokens"
