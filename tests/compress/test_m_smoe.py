@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moekit.compress import method
-from moekit.compress.m_smoe import dominant
+from moekit.compress._routed import dominant
 from moekit.formats import DenseBank
 from moekit.plan.merge import merged
 from moekit.plan.recombine import recombined
