@@ -6,7 +6,7 @@ Method: a[l, e] = max |W_down h| over tokens and channels, unweighted; of the fi
 Uses: compress._scores, compress._protect, compress._sinks
 Differs: the tenth is not rounded down as in the paper's code; all tokens count, not the first of each batch.
 Claim: Qwen3-30B-A3B has 3 of 6144; without these 3 it repeats itself, without 3 random ones it hardly changes.
-Shown: not tried
+Shown: lab.experiments.super_experts
 """
 
 from __future__ import annotations
