@@ -9,6 +9,7 @@ FLOORS = {
     "cli": 10,
     "lab": 9,
     "systems": 8,
+    "build": 6,
     "compress": 6,
     "plan": 5,
     "train": 5,

@@ -142,8 +142,7 @@ def _differences(dense: PretrainedConfig, config: PretrainedConfig, owners: tupl
     def outside(one: PretrainedConfig) -> dict[str, tuple[int, ...]]:
         parameters = skeleton.build(one).state_dict()
         mlps = tuple(f"{owner.rpartition('.')[0]}." for owner in owners)
-        kept = {n: tuple(t.shape) for n, t in parameters.items() if not (n.startswith(mlps) and _feed_forward(n))}
-        return kept
+        return {n: tuple(t.shape) for n, t in parameters.items() if not (n.startswith(mlps) and _feed_forward(n))}
 
     mine, theirs = outside(dense), outside(config)
     for name in sorted(mine.keys() | theirs.keys()):

@@ -1,4 +1,4 @@
-"""Training: distillation, preference, structured forms of experts, recovery after compression; on transformers' Trainer."""
+"""Training on transformers' Trainer: distillation, preference, structured forms of experts, recovery."""
 
 from moekit.train.distil import Objective, distil
 from moekit.train.groups import ROLES, chosen, train_only
@@ -18,8 +18,8 @@ __all__ = [
     "batches_of",
     "chosen",
     "distil",
-    "pair_batches",
     "padded",
+    "pair_batches",
     "prefer",
     "token_rows",
     "train",

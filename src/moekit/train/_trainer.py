@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from moekit.train.loop import _Job
 
 
-class _Steps(Dataset):  # type: ignore[type-arg]
+class _Steps(Dataset):
     """Item i is the batch of step ``done + i``."""
 
     def __init__(self, job: _Job) -> None:
@@ -82,6 +82,8 @@ class StepTrainer(Trainer):
             loss, parts = self._job.loss(model, batch)
         if not torch.isfinite(loss):
             step = self._job.done + self.state.global_step
-            raise OptionError(f"the loss at step {step} is {float(loss)}: lower learning_rate, or check the model's weights")
+            raise OptionError(
+                f"the loss at step {step} is {float(loss.detach())}: lower learning_rate, or check the model's weights"
+            )
         self._job.record.add(loss, parts)
         return loss

@@ -64,7 +64,9 @@ class LowRankSparse(Form):
     def hold(self, weight_ERK: Tensor) -> tuple[Tensor, ...]:
         most = min(weight_ERK.shape[1:])
         if not 1 <= self.rank <= most:
-            raise OptionError(f"rank={self.rank} is not possible: matrices {list(weight_ERK.shape[1:])} have 1 to {most}")
+            raise OptionError(
+                f"rank={self.rank} is not possible: matrices {list(weight_ERK.shape[1:])} have 1 to {most}"
+            )
         left, values, right = torch.linalg.svd(weight_ERK.float(), full_matrices=False)
         root = values[:, : self.rank].sqrt()
         left, right = left[:, :, : self.rank] * root[:, None], root[:, :, None] * right[:, : self.rank]

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from moekit.blocks import blocks
+from moekit.blocks import MoEBlock, blocks
 from moekit.errors import OptionError
 
 ROLES = ("router", "experts", "shared", "scales", "norms", "all")
@@ -56,7 +56,7 @@ def _role(model: nn.Module, role: str) -> set[str]:
     return {name for name, parameter in named.items() if id(parameter) in found}
 
 
-def _modules(block: object, role: str) -> tuple[nn.Module, ...]:
+def _modules(block: MoEBlock, role: str) -> tuple[nn.Module, ...]:
     if role == "shared":
-        return block.shared  # type: ignore[attr-defined,no-any-return]
+        return block.shared
     return (getattr(block, "router_module" if role == "router" else "experts"),)

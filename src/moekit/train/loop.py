@@ -66,8 +66,8 @@ def train(
 ) -> Record:
     """Train the chosen parameters of a model in place; its mode and what needs gradients are put back at the end.
 
-    ``folder`` keeps the state every :data:`SAVE_EVERY` steps and takes it up again; ``after_step`` is told the number of
-    steps done after each update.
+    ``folder`` keeps the state every :data:`SAVE_EVERY` steps and takes it up again; ``after_step`` is told the number
+    of steps done after each update.
 
     Raises:
         OptionError: accelerate is missing, the folder holds another run, or the loss stops being a number.
@@ -148,7 +148,11 @@ def _keep(
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         state = optimizer.state[parameter]
-        tensors |= {f"weight/{name}": parameter.detach(), f"m/{name}": state["exp_avg"], f"v/{name}": state["exp_avg_sq"]}
+        tensors |= {
+            f"weight/{name}": parameter.detach(),
+            f"m/{name}": state["exp_avg"],
+            f"v/{name}": state["exp_avg_sq"],
+        }
     told = {"step": step, "options": asdict(options), "losses": record.losses, "parts": record.parts}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")

@@ -93,7 +93,7 @@ def held(block: MoEBlock) -> Iterator[tuple[str, Form, tuple[Tensor, ...]]]:
     for name in _stacks(block):
         if not parametrize.is_parametrized(block.experts, name):
             continue
-        chain: Any = block.experts.parametrizations[name]  # type: ignore[index]
+        chain: Any = block.experts.parametrizations[name]
         originals = tuple(getattr(chain, f"original{i}") for i in range(chain.ntensors))
         parts = {"gate_up_proj": ("gate", "up"), "up_proj": ("up",), "down_proj": ("down",)}[name]
         for part, (form, tensors) in zip(parts, chain[0].grouped(originals), strict=True):
