@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from moekit.blocks import MoEBlock
-from moekit.compress._factors import matrices, shrinks
+from moekit.compress._factors import biases, matrices, shrinks
 from moekit.compress._layers import made
 from moekit.compress._routed import NEEDS, merges
 from moekit.compress._select import check_keep
@@ -83,13 +83,13 @@ class Merged(LowRankSparse):
 
     def __init__(self, slots: Sequence[int], rank: int) -> None:
         super().__init__(rank)
-        self._tied = Tied(slots)
+        self._tied, self.slots = Tied(slots), list(slots)
 
     def hold(self, weight_ERK: Tensor) -> tuple[Tensor, ...]:
         return super().hold(*self._tied.hold(weight_ERK))
 
     def forward(self, *held: Tensor) -> Tensor:
-        return super().forward(*held)[self._tied.slots]
+        return super().forward(*held)[self.slots]
 
 
 def train_merged(block: MoEBlock, plan: LayerPlan, rank: int) -> None:
@@ -103,11 +103,14 @@ def train_merged(block: MoEBlock, plan: LayerPlan, rank: int) -> None:
 def trained_bank(block: MoEBlock, dtype: torch.dtype) -> LowRankBank:
     """What :func:`train_merged` and training have made of the stored experts."""
     experts: list[dict[str, Factors | Tensor]] = []
+    slots: list[int] = []
     for part, form, (left, right, rest) in held(block):
-        kept = cast(Merged, form).keep
+        kept, slots = cast(Merged, form).keep, cast(Merged, form).slots
         experts = experts or [{} for _ in kept]
         for index, made_of in enumerate(experts):
             rows = kept[index].nonzero()[:, 0]
             whole = (rows, rest[index, rows].detach()) if len(rows) else ()
             made_of[part] = Factors(left[index].detach(), right[index].detach(), *whole)
-    return LowRankBank.from_factors(experts, dtype=dtype, activation=block.bank().activation)
+    bank = block.bank()
+    beside = biases(bank.expert(slots.index(slot)) for slot in range(len(experts)))
+    return LowRankBank.from_factors(experts, dtype=dtype, activation=bank.activation, biases=beside)
