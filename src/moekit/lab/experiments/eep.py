@@ -21,9 +21,9 @@ import numpy as np
 
 from moekit import lab
 from moekit.compress import method
+from moekit.compress._fitness import TaskError
 from moekit.lab.experiments import Advance, Outcome
 from moekit.lab.experiments._trial import Trial, by_method
-from moekit.measure import exact_match
 from moekit.plan import LiveLoss, Plan
 
 TASK, PROMPTS, ANSWERS, TOKENS = "arithmetic", 60, 300, 128
@@ -44,8 +44,8 @@ def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
     divergence: dict[str, list[float]] = {name: [] for name in (*SEARCHES, RANDOM)}
     for done, seed in enumerate(seeds):
         advance(2 * done, 2 * len(seeds))
-        judge = Error(trial, ANSWERS, "test", seed)
-        for name, value in searched(trial, "error", Error(trial, PROMPTS, "calibration", seed), judge, seed).items():
+        fit, judge = wrong(trial, PROMPTS, "calibration", seed), wrong(trial, ANSWERS, "test", seed)
+        for name, value in searched(trial, "error", fit, judge, seed).items():
             error[name].append(value)
         advance(2 * done + 1, 2 * len(seeds))
         rows = [trial.rows(trial.text(domain, "calibration", seed))[0][:TOKENS] for domain in trial.domains]
@@ -75,6 +75,10 @@ def holds(figures: Mapping[str, Any]) -> bool:
     return bool(beats and found[MERGED]["error"]["mean"] <= found[PRUNED]["error"]["mean"])
 
 
+def wrong(trial: Trial, count: int, split: str, seed: int) -> TaskError:
+    return TaskError(trial.runner, trial.source, trial.tokenizer, lab.examples(TASK, split, count, seed))
+
+
 def searched(trial: Trial, fitness: str, measure: Measure, judge: Measure, seed: int) -> dict[str, float]:
     """What the judge says of each search's choice. A plan is measured once, whichever search draws it."""
     known: dict[str, float] = {}
@@ -89,18 +93,3 @@ def searched(trial: Trial, fitness: str, measure: Measure, judge: Measure, seed:
     found = {name: judge(plan) for name, plan in chosen.items()}
     draws = [method(f"random:keep=0.5,seed={DRAWS * seed + i}").plan(None, trial.source) for i in range(DRAWS)]
     return found | {RANDOM: float(np.mean([judge(plan) for plan in draws]))}
-
-
-class Error:
-    """Share of a task's prompts that the model under a plan does not answer exactly. Leaves the model as it was."""
-
-    def __init__(self, trial: Trial, count: int, split: str, seed: int) -> None:
-        self._trial, self._examples = trial, lab.examples(TASK, split, count, seed)
-        self._live = LiveLoss(trial.runner, trial.source, [np.zeros(2, dtype=np.int64)])
-
-    def __call__(self, plan: Plan) -> float:
-        self._live.become(plan)
-        try:
-            return 1.0 - exact_match(self._trial.runner, self._trial.tokenizer, self._examples).mean
-        finally:
-            self._live.restore()

@@ -1,0 +1,65 @@
+"""What a search may be measured by besides divergence: how many of a task's prompts a plan's model answers wrongly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moekit.errors import TextError
+from moekit.measure import exact_match
+from moekit.plan import LiveLoss, Plan
+
+if TYPE_CHECKING:
+    from moekit.plan.planner import Source
+    from moekit.stream import Runner
+
+
+class TaskError:
+    """Share of (prompt, answer) pairs that greedy decoding under a plan does not answer exactly, 0 to 1.
+
+    An ``evaluate`` for methods that search; the model is as it was after each measurement.
+    """
+
+    def __init__(self, runner: Runner, source: Source, tokenizer: Any, examples: Sequence[tuple[str, str]]) -> None:
+        self._runner, self._tokenizer, self._examples = runner, tokenizer, examples
+        self._live = LiveLoss(runner, source, [np.zeros(2, dtype=np.int64)])
+        self.reads_disk = self._live.reads_disk
+
+    def __call__(self, plan: Plan) -> float:
+        self._live.become(plan)
+        try:
+            return 1.0 - exact_match(self._runner, self._tokenizer, self._examples).mean
+        finally:
+            self._live.restore()
+
+
+def read_examples(path: str | Path) -> list[tuple[str, str]]:
+    """The (prompt, answer) pairs of a JSONL file, a line ``{"prompt": ..., "answer": ...}`` each.
+
+    Raises TextError for a file that cannot be read, has none, or has a line that is something else.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise TextError(f"cannot read the task {path}: {reason}") from None
+    examples = [_example(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not examples:
+        raise TextError(f"the task {path} has no examples: give lines of a prompt and its answer")
+    return examples
+
+
+def _example(path: Path, number: int, line: str) -> tuple[str, str]:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        found = None
+    pair = (found.get("prompt"), found.get("answer")) if isinstance(found, dict) else (None, None)
+    if not (isinstance(pair[0], str) and isinstance(pair[1], str) and pair[1]):
+        raise TextError(f'{path}, line {number}: expected {{"prompt": "...", "answer": "..."}}, found {line[:60]!r}')
+    return pair[0], pair[1]
