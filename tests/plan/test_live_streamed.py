@@ -85,6 +85,12 @@ def test_the_reference_is_thinned_to_what_the_cap_leaves(source: Checkpoint, bot
     assert thin(Plan(source=source.fingerprint, layers={})) == 0
 
 
+def test_packed_experts_and_no_text_leave_nothing_to_measure(source: Checkpoint, tmp_path: Path) -> None:
+    packed = Checkpoint.open(miniatures.write("moekit", tmp_path / "packed"))
+    assert live_loss(packed, {"a": SEQUENCES}) is None
+    assert live_loss(source, {"a": []}) is None
+
+
 def test_progress_is_told_of_layers(source: Checkpoint, both) -> None:
     told: list[tuple[int, int]] = []
     both[1].progress = lambda done, total: told.append((done, total))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from moekit.blocks import MoEBlock, blocks
+from moekit.checkpoint.quantizer import METHOD
 from moekit.errors import BudgetError
 from moekit.formats import DenseBank
 from moekit.plan.layer import LayerPlan
@@ -43,7 +44,7 @@ def live_loss(
     progress: Progress | None = None,
 ) -> LiveLoss | None:
     """Losses of plans on about ``tokens`` tokens, domains in turn: in memory where the model fits, else streamed. None
-    where there is nothing to run it on.
+    where there is nothing to run it on, or where the source's experts are packed, which nothing can be written into.
 
     In float32; streamed under a cap too small for a layer of that, in the checkpoint's own dtype. ``progress`` is told
     of (done, total) steps of each pass, the source's own first.
@@ -52,7 +53,7 @@ def live_loss(
         BudgetError: the cap is too small for that too; names the smallest that works.
     """
     chosen, limit = some(sequences, tokens), cap(max_ram)
-    if not chosen:
+    if not chosen or source.scheme.config.get("quant_method") == METHOD:
         return None
     try:
         return _opened(source, chosen, device, limit, torch.float32, progress)
