@@ -30,9 +30,13 @@ def test_the_first_methods_are_there() -> None:
     assert {*PRUNING, "m-smoe", "rtn"} <= set(methods())
 
 
+WITHOUT_WEIGHTS_AROUND = {"eaquant": "eaquant:smooth=none,router_bits=16"}
+"""What a method is asked to do to a source that has experts only, where it usually does more."""
+
+
 @pytest.mark.parametrize("name", methods())
 def test_what_every_method_owes(name: str, model, profile, tmp_path) -> None:
-    planner = method(name)
+    planner = method(WITHOUT_WEIGHTS_AROUND.get(name, name))
     assert method(planner.spec) == planner
     weights = {n: bank.gate_up.clone() for n, bank in model.banks.items()}
     first, second = planner.plan(profile, model, cost), planner.plan(profile, model, cost)
