@@ -12,6 +12,11 @@ Rule, written before the first run. `shown` if and only if in every seed the det
 embedded model itself, and silencing those loses more than every one of the 16 draws. An empty list, or random experts
 that hurt as much, is `not-shown`. The planted variant must name exactly the planted expert; it is reported as a check
 of the detector and decides nothing, because what was planted is found by construction.
+
+Noted after the run of 2026-11-22, with rule and code as they were: one expert of the first layer is named in every seed
+and silencing it loses 8.6 times as much as a random one, but in seed 11 one of the 16 draws is that very expert, which
+the rule forgot to exclude, so that it cannot be beaten there. Nor is it what the paper describes: its largest output is
+2.4 times the median, the first token draws 1 % of the attention, and the residual stream is as large without it.
 """
 
 from __future__ import annotations
