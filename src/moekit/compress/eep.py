@@ -22,7 +22,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -68,7 +68,6 @@ class Eep(Method):
     groups: int = 0
     fitness: Literal["divergence", "error"] = "divergence"
     seed: int = 0
-    searches: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_keep(self.keep)

@@ -46,11 +46,6 @@ class SuperExperts(Method):
                 raise OptionError(f"super-experts: {name}={getattr(self, name)} must lie between 0 and {most}")
         self._inner()
 
-    @property
-    def searches(self) -> bool:
-        """Whether the method it protects from wants plans measured."""
-        return bool(getattr(self._inner(), "searches", False))
-
     def plan(self, profile: Profile | None, source: Source, evaluate: Evaluate | None = None) -> Plan:
         seen = self.observed(profile, source)
         sites = {site.name: site for site in sites_of(source) if not site.extra}
