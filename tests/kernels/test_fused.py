@@ -8,7 +8,7 @@ from expert_modules import Flags, batch, make
 
 from moekit.contract import PAD
 from moekit.formats import DenseBank, PackedBank
-from moekit.kernels import _drive, fused
+from moekit.kernels import _drive, _team, fused
 from moekit.kernels._layer import Layer
 from moekit.kernels.integers import IntegerProducts
 from moekit.kernels.integers import unfit as unfit_bank
@@ -17,6 +17,8 @@ from moekit.kernels.reference import reference, reference_slots
 
 pytestmark = pytest.mark.skipif(fused.lacking() is not None, reason=str(fused.lacking()))
 
+ROUNDED = 1e-4
+"""Packed integers take x with 16 bits where the CPU has the instructions for it."""
 SIZES = {"experts": 5, "hidden": 96, "inner": 64}
 BOUND = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 FLAGS = [Flags(), Flags(bias=True), Flags(gated=False, bias=True), Flags(norm=True), Flags(limit=0.3)]
@@ -45,21 +47,30 @@ def test_plain_weights(flags, dtype, tokens):
     close(got, weighted(module, *arguments), BOUND[dtype])
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("rows", range(1, 26))
-def test_every_number_of_rows(rows, threads):
-    """One expert alone gets 1 to 25 rows; threads do not change a bit."""
-    module, before = make(Flags(bias=True), **SIZES), torch.get_num_threads()
+def test_every_number_of_rows(rows):
+    """One expert alone gets 1 to 25 rows."""
+    module = make(Flags(bias=True), **SIZES)
     x, _, weights = batch(rows, 5, 1, 96)
     index = torch.full((rows, 1), 3)
-    products = fused.of_layer(Layer.of_module(module))
-    torch.set_num_threads(threads)
+    got = fused.of_layer(Layer.of_module(module)).forward(x, index, weights)
+    close(got, weighted(module, x, index, weights).detach(), 2e-6)
+
+
+@pytest.mark.parametrize("openmp", [True, False])
+def test_threads_do_not_change_a_bit(monkeypatch, openmp):
+    """Large enough that every call is shared, by torch's OpenMP and without it."""
+    if not openmp:
+        monkeypatch.setattr(_team, "_openmp", lambda: None)
+    module, arguments = make(Flags(bias=True), **SIZES), batch(700, 5, 3, 96)
+    products, before = fused.of_layer(Layer.of_module(module)), torch.get_num_threads()
+    alone = products.forward(*arguments)
     try:
-        got = products.forward(x, index, weights)
+        torch.set_num_threads(3)
+        shared = products.forward(*arguments)
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(got, products.forward(x, index, weights))
-    close(got, weighted(module, x, index, weights).detach(), 2e-6)
+    assert torch.equal(alone, shared)
 
 
 def test_more_pairs_than_a_window(monkeypatch):
@@ -148,7 +159,11 @@ def test_packed_integers_of_mixed_widths(dtype, bias, tokens):
     assert products.fused is not None
     x, index, weights = arguments
     wide = Layer(*(None if t is None else t.double() for t in layer_weights(layer)), layer.activation)
-    close(_drive.forward(products, *arguments), reference(wide, x.double(), index, weights.double()), BOUND[dtype])
+    close(
+        _drive.forward(products, *arguments),
+        reference(wide, x.double(), index, weights.double()),
+        max(ROUNDED, BOUND[dtype]),
+    )
 
 
 def layer_weights(layer):
@@ -163,7 +178,7 @@ def test_every_width_and_number_of_rows(bits, rows):
     index = torch.zeros(rows, 1, dtype=torch.long)
     wide = Layer(*(t.double() for t in layer_weights(layer)), layer.activation)
     expected = reference(wide, x.double(), index, weights.double())
-    close(IntegerProducts(bank).fused.forward(x, index, weights), expected, 2e-6)
+    close(IntegerProducts(bank).fused.forward(x, index, weights), expected, 2e-6 if rows >= 48 else ROUNDED)
 
 
 @pytest.mark.parametrize("bits", WIDTHS[:-1])
@@ -183,7 +198,7 @@ def test_unpacking_with_and_without_the_special_instruction(monkeypatch, bits, s
 
     @njit
     def turn(weight, scales, mins, out):
-        transpose(kind, weight, stride, scales, mins, groups, 6, 128, out)
+        transpose(kind, (weight, stride, scales, mins, groups, 6), 128, out)
 
     turn(q.data_ptr(), scales.data_ptr(), mins.data_ptr(), out.data_ptr())
     torch.testing.assert_close(out.t(), bank.matrix(0, "gate_up")[:32], rtol=1e-6, atol=1e-6)
@@ -197,7 +212,8 @@ def test_larger_groups_and_what_is_not_compiled_for(monkeypatch):
     decoded = Layer.of_bank(larger.dequantise())
     wide = Layer(*(t.double() for t in layer_weights(decoded)), layer.activation)
     x, index, weights = arguments
-    close(IntegerProducts(larger).fused.forward(*arguments), reference(wide, x.double(), index, weights.double()), 2e-6)
+    expected = reference(wide, x.double(), index, weights.double())
+    close(IntegerProducts(larger).fused.forward(*arguments), expected, ROUNDED)
     assert "groups of 32 in expert 0" in unfit_bank(packed(group=32)[0])
     assert "groups of 192 in expert 0" in unfit_bank(packed(group=192, hidden=192, inner=192)[0])
     assert "only multiples of 64" in unfit_bank(packed(hidden=96)[0])

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..bank import Activation
 from ._plan import Plan
-from .fused import Fused
 
 FEW_ROWS = 12
 """Rows of an expert below which it shares the row-wise work with its neighbours."""
@@ -47,6 +46,14 @@ class Products(Protocol):
         ...
 
 
+class Whole(Protocol):
+    """Products that take all tokens of a batch at once; see :func:`forward` and :func:`slots`."""
+
+    def forward(self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor: ...
+
+    def slots(self, x_TH: Tensor, index_TK: Tensor) -> Tensor: ...
+
+
 def forward(products: Products, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """[T, H] in the dtype of ``x_TH``; sums are kept in the products' dtype, in a fixed order."""
     if (fused := _fused(products, x_TH)) is not None:
@@ -73,8 +80,8 @@ def slots(products: Products, x_TH: Tensor, index_TK: Tensor) -> Tensor:
     return plan.scatter(_all_rows(products, x, plan).to(x_TH.dtype), *index_TK.shape)
 
 
-def _fused(products: Products, x_TH: Tensor) -> Fused | None:
-    """The compiled form of the products, where there is one for these inputs."""
+def _fused(products: Products, x_TH: Tensor) -> Whole | None:
+    """What runs a whole batch in one go, where the products have it for these inputs."""
     return None if products.dtype(x_TH) == torch.float64 else getattr(products, "fused", None)
 
 

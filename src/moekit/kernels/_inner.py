@@ -8,39 +8,44 @@ Shapes by suffix: M rows of x, N rows and K columns of a weight matrix.
 
 from __future__ import annotations
 
-from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from ._codes import code_at, code_bytes, dot_code, integers_at, rounds
 from ._simd import (
     BITS,
     COLUMNS,
     F32,
-    I8,
-    I32,
     I64,
     LANES,
     VECTOR,
-    WORDS,
     Sums,
     blocks,
-    call,
     chunk,
     const,
     exp,
     fma,
+    grid_at,
     load,
     loop,
     prefetch,
-    range_of,
     same,
     splat,
     store,
     total,
     turned,
-    vector_of,
 )
+
+
+@intrinsic(prefer_literal=True)
+def made_from(context, sources):
+    """Nothing: it keeps what a function was compiled from among its constants, by which Numba finds it on disk."""
+
+    def emit(context, b, signature, arguments):
+        return context.get_dummy_value()
+
+    return types.void(sources), emit
 
 
 @intrinsic
@@ -78,41 +83,70 @@ floats, bytes_at = _pointer(types.float32), _pointer(types.uint8)
 """An address as the pointer that ``numba.carray`` takes."""
 
 
-@intrinsic(prefer_literal=True)
-def dot(context, kind, weight, stride, scales, mins, scale_stride, shift, x, count, width, bias, out, out_width):
-    """out[m, r] = bias[r] + W[r] . x[m] for 4 rows of W and ``count`` rows of x, ``width`` long and float32.
+MATRIX = types.UniTuple(types.int64, 6)
 
-    ``stride`` and ``scale_stride`` are bytes of a row of W and of its scales, ``shift`` the logarithm of the group
-    size; ``out_width`` is in float32. W is read where it lies, and what comes next is fetched ahead.
+
+@intrinsic(prefer_literal=True)
+def dot(context, kind, matrix, x, codes, count, width, bias, out, out_width):
+    """out[m, r] = bias[r] + W[r] . x[m] for 32 rows of W and ``count`` rows of x, ``width`` long.
+
+    ``matrix``: address of W, bytes of its rows, addresses of scales and mins, bytes of their rows, logarithm of the
+    group size; ``out_width`` is in float32. ``codes``: the rows of x as :func:`round_words` leaves them, for kinds
+    that :func:`rounds`. W is read where it lies, and what comes next is fetched ahead.
     """
     name = kind.literal_value
-    step, signature = chunk(name), types.void(kind, *(types.int64,) * 12)
+    step, signature, coded = chunk(name), types.void(kind, MATRIX, *(types.int64,) * 7), rounds(name)
 
     def emit(context, b, signature, arguments):
-        weight, stride, scales, mins, scale_stride, shift, x, count, width, bias, out, out_width = arguments[1:]
-        lines = [(b.add(weight, b.mul(stride, const(r))), b.mul(scale_stride, const(r))) for r in range(4)]
-        ahead = b.mul(stride, const(8))
-        for M, x_at, out_at in blocks(
-            b, (6, 4, 3, 2, 1), count, (x, b.shl(width, const(2))), (out, b.shl(out_width, const(2)))
-        ):
-            sums = Sums(b, M, 4)
-            with loop(b, width, step) as k:
-                byte, values = b.lshr(b.mul(k, const(BITS[name])), const(3)), []
-                for line, scale in lines:
-                    for offset in range(0, step * BITS[name] // 8, 64):
-                        prefetch(b, b.add(b.add(b.add(line, ahead), byte), const(offset)))
-                    values.append(COLUMNS[name](b, line, k, (b.add(scales, scale), b.add(mins, scale), shift)))
-                for v in range(step // LANES):
-                    for m in range(M):
-                        part = load(b, VECTOR, b.add(x_at(m), b.shl(k, const(2))), 64 * v)
-                        for r in range(4):
-                            sums.add(m, r, values[r][v], part)
-            for m in range(M):
-                for r in range(4):
-                    store(b, b.fadd(total(b, sums.get(m, r)), load(b, F32, bias, 4 * r)), out_at(m), 4 * r)
+        x, codes, count, width, bias, out, out_width = arguments[2:]
+        stride = cgutils.unpack_tuple(b, arguments[1])[1]
+        x_rows = (codes, code_bytes(b, width)) if coded else (x, b.shl(width, const(2)))
+        with loop(b, const(32), 4) as first:
+            lines = list(_lines(b, arguments[1], first, 4))
+            at = b.shl(first, const(2))
+            out_rows = (b.add(out, at), b.shl(out_width, const(2)))
+            for M, x_at, out_at in blocks(b, (6, 4, 3, 2, 1), count, x_rows, out_rows):
+                sums = Sums(b, M, 4)
+                with loop(b, width, step) as k:
+                    ahead = b.add(b.lshr(b.mul(k, const(BITS[name])), const(3)), b.mul(stride, const(8)))
+                    for line, _ in lines:
+                        for offset in range(0, step * BITS[name] // 8, 64):
+                            prefetch(b, b.add(b.add(line, ahead), const(offset)))
+                    _dot_step(b, name, lines, k, [x_at(m) for m in range(M)], sums)
+                for m in range(M):
+                    for r in range(4):
+                        value = total(b, sums.get(m, r))
+                        if coded:
+                            value = b.fmul(value, load(b, F32, x_at(m)))
+                        store(b, b.fadd(value, load(b, F32, b.add(bias, at), 4 * r)), out_at(m), 4 * r)
         return context.get_dummy_value()
 
     return signature, emit
+
+
+def _lines(b, matrix, first, count: int):
+    """(address of a row of W, its grid) of ``count`` rows from ``first`` on."""
+    weight, stride, scales, mins, groups, shift = cgutils.unpack_tuple(b, matrix)
+    for r in (b.add(first, const(r)) for r in range(count)):
+        group = b.mul(groups, r)
+        yield b.add(weight, b.mul(stride, r)), (b.add(scales, group), b.add(mins, group), shift)
+
+
+def _dot_step(b, name, lines, k, x_rows, sums) -> None:
+    """One chunk of columns from ``k`` on."""
+    if rounds(name):
+        places = [code_at(b, row, k) for row in x_rows]
+        for r, (line, grid) in enumerate(lines):
+            integers, (scale, low) = integers_at(b, name, line, k), grid_at(b, k, grid)
+            for m, place in enumerate(places):
+                sums.put(m, r, dot_code(b, place, integers, scale, low, sums.get(m, r)))
+        return
+    values = [COLUMNS[name](b, line, k, grid) for line, grid in lines]
+    for v in range(chunk(name) // LANES):
+        for m, row in enumerate(x_rows):
+            part = load(b, VECTOR, b.add(row, b.shl(k, const(2))), 64 * v)
+            for r in range(4):
+                sums.add(m, r, values[r][v], part)
 
 
 PANEL_ROWS = (12, 8, 6, 4, 3, 2, 1)
@@ -155,82 +189,39 @@ def panel(context, kind, weight, stride, x, count, width, bias, out, out_width):
     return signature, emit
 
 
-@intrinsic
-def panel_int8(context, weight, scales, offsets, x, x_scales, count, width, bias, out, out_width):
-    """The same for int8: W [width / 4, 32, 4] times ``scales`` [32], x bytes around 128 times ``x_scales`` [M].
-
-    ``offsets`` int32 [32] is 128 times the sums of W over k, which x has too much.
-    """
-
-    def emit(context, b, signature, arguments):
-        weight, scales, offsets, x, x_scales, count, width, bias, out, out_width = arguments
-        at = [(load(b, WORDS, offsets, 64 * v), load(b, VECTOR, scales, 64 * v)) for v in range(2)]
-        start = [load(b, VECTOR, bias, 64 * v) for v in range(2)]
-        rows = (x, width), (out, b.shl(out_width, const(2))), (x_scales, const(4))
-        for M, x_at, out_at, scale_at in blocks(b, PANEL_ROWS, count, *rows):
-            sums, unroll = Sums(b, M, 2, WORDS), 16 if M <= 4 else 8
-            with loop(b, width, unroll) as first:
-                for k in (b.add(first, const(4 * u)) for u in range(unroll // 4)):
-                    line = b.add(weight, b.shl(k, const(5)))
-                    for v in range(2):
-                        prefetch(b, b.add(line, const(4096 + 64 * v)))
-                    values = [load(b, WORDS, line, 64 * v) for v in range(2)]
-                    for m in range(M):
-                        four = splat(b, load(b, I32, b.add(x_at(m), k), 0, 4))
-                        for v in range(2):
-                            sums.add(m, v, four, values[v])
-            for m in range(M):
-                x_scale = splat(b, load(b, F32, scale_at(m)))
-                for v, (offset, scale) in enumerate(at):
-                    exact = b.sitofp(b.sub(sums.get(m, v), offset), VECTOR)
-                    store(b, fma(b, exact, b.fmul(scale, x_scale), start[v]), out_at(m), 64 * v)
-        return context.get_dummy_value()
-
-    return types.void(*(types.int64,) * 10), emit
-
-
-@intrinsic
-def quantise(context, x, out, scale, count):
-    """out[i] = x[i] / scale rounded, plus 128; the scale takes the largest to 127, and is NaN if any of them is."""
-
-    def emit(context, b, signature, arguments):
-        x, out, scale, count = arguments
-        largest = cgutils.alloca_once_value(b, same(1e-30))
-        with loop(b, count, LANES) as i:
-            size = call(b, "llvm.fabs.v16f32", VECTOR, load(b, VECTOR, b.add(x, b.shl(i, const(2)))))
-            b.store(call(b, "llvm.maximum.v16f32", VECTOR, size, b.load(largest)), largest)
-        top = call(b, "llvm.vector.reduce.fmaximum.v16f32", F32, b.load(largest))
-        store(b, b.fdiv(top, ir.Constant(F32, 127.0)), scale)
-        factor = splat(b, b.fdiv(ir.Constant(F32, 127.0), top))
-        with loop(b, count, LANES) as i:
-            scaled = b.fmul(load(b, VECTOR, b.add(x, b.shl(i, const(2)))), factor)
-            near = b.fptosi(call(b, "llvm.rint.v16f32", VECTOR, scaled), WORDS)
-            store(b, b.trunc(b.add(near, vector_of(I32, [128] * LANES)), ir.VectorType(I8, LANES)), b.add(out, i))
-        return context.get_dummy_value()
-
-    return types.void(*(types.int64,) * 4), emit
-
-
 @intrinsic(prefer_literal=True)
-def transpose(context, kind, weight, stride, scales, mins, scale_stride, shift, width, out):
+def transpose(context, kind, matrix, width, out):
     """out[k, :32] = W[:32, k] as float32, for k < ``width``: rows of any kind to a panel."""
     name = kind.literal_value
     step = chunk(name)
-    signature = types.void(kind, *(types.int64,) * 8)
+    signature = types.void(kind, MATRIX, types.int64, types.int64)
 
     def emit(context, b, signature, arguments):
-        weight, stride, scales, mins, scale_stride, shift, width, out = arguments[1:]
+        matrix, width, out = arguments[1:]
         with loop(b, width, step) as k:
             for half in range(2):
-                rows = range_of(LANES * half, LANES)
-                at = [(b.add(weight, b.mul(stride, const(r))), b.mul(scale_stride, const(r))) for r in rows]
-                values = [COLUMNS[name](b, w, k, (b.add(scales, s), b.add(mins, s), shift)) for w, s in at]
+                lines = _lines(b, matrix, const(LANES * half), LANES)
+                values = [COLUMNS[name](b, line, k, grid) for line, grid in lines]
                 for v in range(step // LANES):
                     for column, value in enumerate(turned(b, [row[v] for row in values])):
                         store(b, value, b.add(out, b.mul(k, const(128))), 128 * (LANES * v + column) + 64 * half)
         return context.get_dummy_value()
 
     return signature, emit
+
+
+@intrinsic
+def copy(context, x, y, count):
+    """y[i] = x[i] for i < ``count``, a multiple of 16; float32."""
+
+    def emit(context, b, signature, arguments):
+        x, y, count = arguments
+        with loop(b, count, LANES) as i:
+            byte = b.shl(i, const(2))
+            store(b, load(b, VECTOR, b.add(x, byte)), b.add(y, byte))
+        return context.get_dummy_value()
+
+    return types.void(*(types.int64,) * 3), emit
 
 
 @intrinsic

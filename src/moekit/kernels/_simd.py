@@ -18,6 +18,7 @@ from numba.core import cgutils
 LANES = 16
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 VECTOR, WORDS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+BYTES = ir.VectorType(I8, LANES)
 VNNI = "llvm.x86.avx512.vpdpbusd.512"
 FEATURES = llvmlite.binding.get_host_cpu_features()
 
@@ -110,6 +111,9 @@ class Sums:
         else:
             self.b.store(call(self.b, VNNI, WORDS, self.b.load(place), x, y), place)
 
+    def put(self, m: int, r: int, value) -> None:
+        self.b.store(value, self.at[m][r])
+
     def get(self, m: int, r: int):
         return self.b.load(self.at[m][r])
 
@@ -133,13 +137,18 @@ def _float16(b, row, column, grid):
     return [b.fpext(load(b, ir.VectorType(ir.HalfType(), LANES), at, 32 * v), VECTOR) for v in range(2)]
 
 
+def grid_at(b, column, grid):
+    """Scale and min of a column's group, each in every place of a vector."""
+    scales, mins, shift = grid
+    group = b.mul(b.lshr(column, shift), const(2))
+    return [splat(b, _half(b, load(b, I16, b.add(at, group), 0, 2))) for at in (scales, mins)]
+
+
 def _integers(bits: int):
     """64 columns of a packed row: integers times scale plus min, the grid of their group."""
 
     def columns(b, row, column, grid):
-        scales, mins, shift = grid
-        group = b.mul(b.lshr(column, shift), const(2))
-        scale, low = (splat(b, _half(b, load(b, I16, b.add(at, group), 0, 2))) for at in (scales, mins))
+        scale, low = grid_at(b, column, grid)
         packed = load(b, ir.VectorType(I8, 8 * bits), b.add(row, b.lshr(b.mul(column, const(bits)), const(3))))
         return [fma(b, q, scale, low) for q in unpack(b, packed, bits)]
 
@@ -153,7 +162,7 @@ def _half(b, bits):
 def unpack(b, packed, bits: int) -> list:
     """64 integers of ``bits`` from 8 * bits bytes, low bits first, as four vectors of float32."""
     if bits == 8 or FEATURES.get("avx512vbmi"):
-        whole = packed if bits == 8 else _multishift(b, packed, bits)
+        whole = packed if bits == 8 else multishift(b, packed, bits)
         parts = [b.shuffle_vector(whole, whole, vector_of(I32, range_of(LANES * v, LANES))) for v in range(4)]
         return [b.uitofp(b.zext(p, WORDS), VECTOR) for p in parts]
     out = []
@@ -168,7 +177,7 @@ def unpack(b, packed, bits: int) -> list:
     return out
 
 
-def _multishift(b, packed, bits: int):
+def multishift(b, packed, bits: int):
     """AVX-512 VBMI: every byte of the result takes eight bits of its quadword, from any bit on."""
     taken = [bits * q + min(byte, bits - 1) for q in range(8) for byte in range(8)]
     quads = b.shuffle_vector(packed, packed, vector_of(I32, taken))

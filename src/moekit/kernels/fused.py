@@ -46,6 +46,12 @@ def compiled() -> Any:
 
 
 @cache
+def routes() -> Any:
+    """The module of what goes on around them, likewise."""
+    return importlib.import_module("moekit.kernels._routes")
+
+
+@cache
 def lacking() -> str | None:
     """What this machine lacks for compiled kernels, or None."""
     if importlib.util.find_spec("numba") is None:
@@ -85,10 +91,14 @@ def of_layer(layer: Layer) -> Fused | None:
 
 @dataclass(eq=False)
 class Rows:
-    """Inputs of a product, [S, K]: float32, or bytes around 128 times ``scales`` [S]."""
+    """Inputs of a product, [S, K]: float32, or bytes around 128 times ``scales`` [S].
+
+    ``codes`` holds them once more with 16 bits, for kinds of weights that are multiplied with integers.
+    """
 
     values: Tensor
     scales: Tensor | None = None
+    codes: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -120,17 +130,21 @@ class Matrices:
     def inputs(self, x_TK: Tensor, pairs: np.ndarray | None = None, slots: int = 1) -> Rows:
         """The rows of x that the pairs (None: all rows) ask for, as this matrix wants them."""
         rows, width = len(x_TK) if pairs is None else len(pairs), x_TK.shape[1]
-        if self.form != "int8":
+        tasks, at = -(-rows // routes().ROUNDED), {"slots": slots, "x": x_TK.data_ptr()}
+        if self.form == "int8":
+            y, scales = torch.empty(rows, width, dtype=torch.uint8), torch.empty(rows)
+            at |= {"y": y.data_ptr(), "weights": scales.data_ptr()}
+            _move(routes().rounded("8"), tasks, pairs, rows, width, **at)
+            return Rows(y, scales)
+        y = x_TK
+        if pairs is not None:
             y = torch.empty(rows, width)
-            _move(
-                compiled().gather(), _strips(width), pairs, rows, width, slots=slots, x=x_TK.data_ptr(), y=y.data_ptr()
-            )
+            _move(routes().gather(), _strips(width), pairs, rows, width, y=y.data_ptr(), **at)
+        if not any(compiled().rounds(name) for name in self.names):
             return Rows(y)
-        y, scales = torch.empty(rows, width, dtype=torch.uint8), torch.empty(rows)
-        tasks = -(-rows // compiled().ROUNDED)
-        places = {"x": x_TK.data_ptr(), "y": y.data_ptr(), "weights": scales.data_ptr()}
-        _move(compiled().rounded(), tasks, pairs, rows, width, slots=slots, **places)
-        return Rows(y, scales)
+        codes = torch.empty(rows, 64 + 3 * width, dtype=torch.uint8)
+        _move(routes().rounded("16"), tasks, pairs, rows, width, y=codes.data_ptr(), **at)
+        return Rows(y, codes=codes)
 
     def products(
         self, x: Rows, out_SN: Tensor, cut: tuple[np.ndarray, int, int], hidden_SI: Tensor | None = None
@@ -142,22 +156,23 @@ class Matrices:
         half = 0 if hidden_SI is None else hidden_SI.shape[1]
         columns, threads = half or self.rows, torch.get_num_threads()
         start_E, low, high = cut
-        most = min(len(self.kinds), high - low) + (high - low) // compiled().ROWS + 1
+        most = min(len(self.kinds), high - low) + (high - low) // routes().ROWS + 1
         table = np.empty((most * (8 * threads + 1), 5), np.int64)
         for code, function in enumerate(self.functions()):
-            tasks = compiled().share(start_E, self.kind_E, code, low, high, columns, threads, table)
+            tasks = routes().share(start_E, self.kind_E, code, low, high, columns, threads, table)
             job = _job(
                 compiled().JOB,
                 tasks=tasks,
                 table=table.ctypes.data,
                 experts=self.table.ctypes.data,
                 x=x.values.data_ptr(),
-                scales=x.scales.data_ptr() if x.scales is not None else 0,
+                scales=_address(x.scales),
+                codes=_address(x.codes),
                 width=self.width,
                 out=out_SN.data_ptr(),
                 columns=self.rows,
                 half=half,
-                hidden=hidden_SI.data_ptr() if hidden_SI is not None else 0,
+                hidden=_address(hidden_SI),
             )
             together(function, job.ctypes.data, tasks)
 
@@ -177,7 +192,7 @@ class Fused:
         width, slots = x_TH.shape[1], index_TK.shape[1]
         for pairs, y in self._windows(x_TH, index_TK):
             places = {"x": out.data_ptr(), "y": y.data_ptr(), "weights": weight.data_ptr()}
-            _move(compiled().combine(), _strips(width), pairs, len(pairs), width, slots=slots, **places)
+            _move(routes().combine(), _strips(width), pairs, len(pairs), width, slots=slots, **places)
         return out.to(x_TH.dtype)
 
     def slots(self, x_TH: Tensor, index_TK: Tensor) -> Tensor:
@@ -192,7 +207,7 @@ class Fused:
         x, slots = x_TH.detach().to(torch.float32).contiguous(), index_TK.shape[1]
         index = index_TK.reshape(-1).to(torch.int64).numpy()
         pairs, start = np.empty(len(index), np.int64), np.empty(len(self.up.kinds) + 1, np.int64)
-        compiled().sort(index, len(self.up.kinds), pairs, start)
+        routes().sort(index, len(self.up.kinds), pairs, start)
         total, swiglu = int(start[-1]), self.activation is SILU_MUL
         for low in range(0, total, WINDOW):
             high = min(low + WINDOW, total)
@@ -202,18 +217,22 @@ class Fused:
             self.up.products(self.up.inputs(x, part, slots), z, cut, h if swiglu else None)
             h = h if swiglu else self.activation(z).contiguous()
             y = torch.empty(high - low, self.down.rows)
-            self.down.products(self.down.inputs(h) if self.down.form == "int8" else Rows(h), y, cut)
+            self.down.products(self.down.inputs(h), y, cut)
             yield part, self.finish(y) if self.finish else y
 
 
 def _move(function: Any, tasks: int, pairs: np.ndarray | None, rows: int, width: int, **fields: int) -> None:
     at = pairs.ctypes.data if pairs is not None else 0
-    job = _job(compiled().MOVE, tasks=tasks, pairs=at, rows=rows, width=width, **fields)
+    job = _job(routes().MOVE, tasks=tasks, pairs=at, rows=rows, width=width, **fields)
     together(function, job.ctypes.data, tasks if rows * width >= FEW else 1)
 
 
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def _strips(width: int) -> int:
-    return -(-width // compiled().STRIP)
+    return -(-width // routes().STRIP)
 
 
 def _job(record: np.dtype, **fields: int) -> np.ndarray:
