@@ -105,8 +105,10 @@ class SparseUnified(Builder):
         return [ffn.name for ffn in layers]
 
     def _shared_units(self, ffn: DenseFFN) -> int:
-        """As near to the share as leaves the same number of units to every expert."""
+        """As near to the share as leaves the same number of units to every expert; none where none is asked for."""
         total = ffn.intermediate_size
+        if not self.shared:
+            return 0
         return total - round(total * (1 - self.shared) / self.experts) * self.experts
 
     def _carrier(self, model: PreTrainedModel, layers: list[DenseFFN]) -> PreTrainedModel | str:

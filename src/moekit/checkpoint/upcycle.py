@@ -97,6 +97,9 @@ def _translated(dense: PretrainedConfig, cls: type[PretrainedConfig], form: MoEF
         "use_qk_norm": False,
     }
     said |= {name: value for name, value in wanted.items() if name in accepted}
+    rope = said.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:  # families that turn a part of each head say so by default
+        said["rope_parameters"] = {"partial_rotary_factor": 1.0, **rope}
     if "moe_intermediate_size" not in accepted:
         said["intermediate_size"] = form.intermediate_size
     return cls(**said)

@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from moekit.cli.apply import apply
+from moekit.cli.build import build
 from moekit.cli.compare import compare
 from moekit.cli.compress import compress
 from moekit.cli.demo import demo
@@ -18,6 +19,7 @@ from moekit.cli.fit import fit
 from moekit.cli.inspect import inspect
 from moekit.cli.plan import plan
 from moekit.cli.profile import profile
+from moekit.cli.recover import recover
 from moekit.cli.reproduce import reproduce
 from moekit.cli.systems import systems
 from moekit.cli.verify import verify
@@ -31,6 +33,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "fit": fit,
     "apply": apply,
     "compress": compress,
+    "recover": recover,
+    "build": build,
     "compare": compare,
     "verify": verify,
     "eval": evaluate,

@@ -22,6 +22,9 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option("--against", metavar="MODEL", help="A reference: divergence from it on the text.")
     ] = None,
+    efficiency: Annotated[
+        bool, typer.Option("--efficiency", help="Also memory, latency, throughput and size, on the text.")
+    ] = False,
     examples: Annotated[int, typer.Option("--examples", metavar="N", min=1, help="Examples of each task.")] = 200,
     length: Annotated[int, typer.Option("--length", metavar="N", min=2, help="Tokens in one window of text.")] = 512,
     machine: Machine,
@@ -38,12 +41,15 @@ def evaluate(
         raise OptionError("nothing to measure: give --text FILE or --task TASK")
     if against and not text:
         raise OptionError("--against compares on text: give --text FILE as well")
+    if efficiency and not text:
+        raise OptionError("--efficiency runs the model on text: give --text FILE as well")
     from moekit.checkpoint import Checkpoint
     from moekit.lab import TASKS
     from moekit.lab import task as known
     from moekit.measure import bits_per_byte, compare, exact_match, together, windows
     from moekit.profile import read_texts
     from moekit.stream import open_model
+    from moekit.systems import flat
 
     names = list(TASKS) if task == ["all"] else task
     for name in names:
@@ -60,6 +66,8 @@ def evaluate(
         reference = runner.beside(open_model(against, **asdict(machine)))
         cut = together({domain: windows(lines, tokenizer, length=length) for domain, lines in texts.items()})
         found |= {"against": against, "divergence": compare(reference, runner, cut).as_dict()}
+    if efficiency:
+        found["efficiency"] = _efficiency(runner, reference if against else None, texts, tokenizer, length, found)
     if as_json:
         scores = ("bits_per_byte", "exact_match")
         _show.emit(found | {key: {name: vars(value) for name, value in found[key].items()} for key in scores})
@@ -68,9 +76,24 @@ def evaluate(
     rows += [(f"exact match, {name}", str(value)) for name, value in found["exact_match"].items()]
     if against:
         rows += [(f"{name}, against {against}", value) for name, value in _receipt.divergence(found["divergence"])]
+    if efficiency:
+        rows += list(flat(found["efficiency"]).items())
     _show.table((model, "mean [95 % interval]"), rows)
     if against:
         _receipt.domains(found["divergence"])
+
+
+def _efficiency(runner: Any, reference: Any, texts: Any, tokenizer: Any, length: int, found: dict[str, Any]) -> Any:
+    """The report on the text's windows; with a reference, what was kept of its performance per byte."""
+    from moekit.measure import together, windows
+    from moekit.measure.efficientllm import efficiency_report, tensor_bytes
+
+    work = together({domain: windows(lines, tokenizer, length=length) for domain, lines in texts.items()}).batches
+    kept = None
+    if reference is not None:
+        both = (1 / found["divergence"][f"bits_per_byte_{which}"] for which in ("source", "output"))
+        kept = (float(tensor_bytes(reference.model)), *both)
+    return efficiency_report(runner, work, reference=kept).as_dict()
 
 
 def _examples(name: str, count: int) -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ def efficiency_report(
                     pass
                 seconds.append(time.perf_counter() - begun)
                 resident.append(rss())
-    total, active, size = _sizes(runner)
+    (total, active), size = parameters(runner.model), tensor_bytes(runner.model)
     tokens = rounds * sum(_tokens(batch) for batch in workload)
     spent = sum(seconds)
     kept = None if reference is None else mcr(reference[0], reference[1], size, reference[2])
@@ -127,7 +127,8 @@ def efficiency_report(
 
 
 def parameters(model: nn.Module) -> tuple[int, int]:
-    """(total, active for one token): what a token's K of E experts leave out is not active. Tied weights count once."""
+    """(total, active for one token): what a token's K of E experts leave out is not active. Tied weights count once,
+    and so do the weights that packed experts stand for, whatever they are stored in."""
     total = sum(p.numel() for p in model.parameters())
     try:
         found = blocks(model)
@@ -135,9 +136,17 @@ def parameters(model: nn.Module) -> tuple[int, int]:
         return total, total
     idle = 0
     for block in found:
-        routed = sum(p.numel() for p in block.experts.parameters())
+        stored = sum(p.numel() for p in block.experts.parameters())
+        bank = block.bank()
+        rows = bank.intermediate_size * (3 if bank.activation.gated else 2)
+        routed = max(rows * bank.hidden_size * bank.num_experts, 0 if _packed(block.experts) else stored)
+        total += routed - stored
         idle += routed * (block.num_experts - min(block.top_k, block.num_experts)) // block.num_experts
     return total, total - idle
+
+
+def _packed(experts: nn.Module) -> bool:
+    return any(not p.is_floating_point() for p in experts.parameters())
 
 
 def _runner(model: Any, device: str, max_ram: Any) -> Any:
@@ -148,14 +157,9 @@ def _runner(model: Any, device: str, max_ram: Any) -> Any:
     return model
 
 
-def _sizes(runner: Any) -> tuple[int, int, int]:
-    total, active = parameters(runner.model)
-    return total, active, sum(t.numel() * t.element_size() for t in _tensors(runner.model))
-
-
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
+def tensor_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers; those of a model that streams from disk count as if they were loaded."""
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
 
 
 def _tokens(batch: Mapping[str, Tensor]) -> int:

@@ -4,7 +4,8 @@ from moekit.train.distil import Objective, distil
 from moekit.train.groups import ROLES, chosen, train_only
 from moekit.train.loop import Record, train
 from moekit.train.options import TrainOptions
-from moekit.train.preference import Preference, pair_batches, prefer
+from moekit.train.preference import Preference, pair_batches, prefer, read_pairs
+from moekit.train.recover import Recovery, recover
 from moekit.train.sequences import Batch, Batches, batches_of, padded, token_rows
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Objective",
     "Preference",
     "Record",
+    "Recovery",
     "TrainOptions",
     "batches_of",
     "chosen",
@@ -21,6 +23,8 @@ __all__ = [
     "padded",
     "pair_batches",
     "prefer",
+    "read_pairs",
+    "recover",
     "token_rows",
     "train",
     "train_only",

@@ -5,8 +5,10 @@ LLaVA-MoD (arXiv 2408.15881) takes the teacher as the reference; any model, a fr
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -60,6 +62,32 @@ def pair_batches(pairs: Sequence[Pair], size: int, seed: int = 0) -> Batches:
         return pair_batch([pairs[i] for i in order[place * count : (place + 1) * count]])
 
     return batch
+
+
+def read_pairs(path: str | Path, tokenizer: Any) -> list[Pair]:
+    """Pairs from a JSONL file, an object with "prompt", "chosen" and "rejected" a line, as token ids.
+
+    Raises:
+        TextError: a file that is missing, empty, not JSON, or a line that lacks one of the three.
+    """
+    keys = ("prompt", "chosen", "rejected")
+    found: list[Pair] = []
+    try:
+        lines = Path(path).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TextError(f"{path} cannot be read: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            said = json.loads(line)
+            prompt, better, worse = (tokenizer(said[key], add_special_tokens=False)["input_ids"] for key in keys)
+            found.append((prompt, better, worse))
+        except (ValueError, KeyError, TypeError):
+            raise TextError(f"{path}, line {number}: expected JSON with the texts {', '.join(keys)}") from None
+    if not found:
+        raise TextError(f"{path} holds no pair of answers: give a file with some")
+    return found
 
 
 def pair_batch(pairs: Sequence[Pair]) -> Batch:

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from moekit.lab._recipe import RECIPES
 from moekit.lab.experiments import Advance, Outcome
 from moekit.lab.experiments._building import LENGTH, LM, Ground, gap, means
-from moekit.measure.efficientllm import efficiency_report
+from moekit.measure.efficientllm import efficiency_report, tensor_bytes
 from moekit.train import Objective, TrainOptions, distil
 
 HIDDEN, LAYERS, WIDTH, EXPERTS, TOP_K = 96, 4, 64, 8, 2
@@ -86,8 +86,7 @@ def report(ground: Ground, models: Mapping[str, Any], losses: Mapping[str, float
     """The six figures of every model."""
     batches = ground.batches(seed + 1)
     work = [{"input_ids": batches(step)["input_ids"][:, :LENGTH]} for step in range(BATCHES)]
-    whole = models["dense-total"]
-    size = float(sum(t.numel() * t.element_size() for t in (*whole.parameters(), *whole.buffers())))
+    size = float(tensor_bytes(models["dense-total"]))
     return {
         name: efficiency_report(model, work, reference=(size, 1 / losses["dense-total"], 1 / losses[name])).as_dict()
         for name, model in models.items()

@@ -1,0 +1,75 @@
+"""`moekit recover`: short distillation after compression."""
+
+from typing import Annotated
+
+import typer
+
+from moekit.cli import _show
+from moekit.cli._options import Json, OutputDir, Overwrite, Text
+from moekit.cli._work import check_output
+from moekit.cli.build import Batch, Length
+from moekit.errors import OptionError
+
+
+def recover(
+    compressed: Annotated[str, typer.Argument(metavar="OUT", help="The compressed model's folder.")],
+    against: Annotated[str, typer.Option("--against", metavar="SOURCE", help="The model it was made from.")],
+    output: OutputDir,
+    text: Text = [],  # noqa: B006
+    steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Training steps.")] = 100,
+    train: Annotated[
+        list[str], typer.Option("--train", metavar="PART", help="router, norms, scales, experts or shared. Repeatable.")
+    ] = ["router"],  # noqa: B006
+    learning_rate: Annotated[float, typer.Option("--learning-rate", metavar="X", help="Peak learning rate.")] = 1e-3,
+    temperature: Annotated[float, typer.Option("--temperature", metavar="T", help="Of the KL divergence.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Order of the text.")] = 0,
+    length: Length = 256,
+    batch: Batch = 8,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Let a compressed model learn from its source what it lost, and write it to a new folder.
+
+    What was lost before and after is measured on an eighth of the text, which is not trained on.
+
+    \b
+    Examples:
+      moekit recover out/half --against moekit:mini --text notes.txt --output out/half-recovered
+      moekit recover out/half --against moekit:mini --text notes.txt --train router --train experts --steps 300 \\
+        --output out/half-trained
+    """
+    check_output(output, overwrite)
+    if not text:
+        raise OptionError("recovery trains on text: give --text FILE")
+    from moekit.checkpoint import Checkpoint
+    from moekit.plan.reload import reload_in_fresh_process
+    from moekit.profile import read_texts
+    from moekit.train import Objective, TrainOptions, token_rows
+    from moekit.train import recover as carry_out
+    from moekit.train.recovered import is_packed
+
+    checkpoint = Checkpoint.open(compressed)
+    tokenizer = checkpoint.tokenizer()
+    rows = token_rows(read_texts(text, tokenizer), tokenizer, length)
+    with _show.progress(f"recover {compressed}") as advance:
+        done = carry_out(
+            checkpoint,
+            against,
+            rows,
+            output,
+            what=train,
+            options=TrainOptions(steps=steps, learning_rate=learning_rate, seed=seed),
+            objective=Objective(temperature=temperature),
+            batch_size=batch,
+            overwrite=overwrite,
+            check=lambda folder: reload_in_fresh_process(folder, with_moekit=is_packed(checkpoint)),
+            progress=advance,
+        )
+    report = {**done.as_dict(), "output": str(output)}
+    if as_json:
+        _show.emit(report)
+        return
+    rows_shown = [
+        (name, done.before[name], done.after[name]) for name in ("kl", "agreement", "nll_source", "nll_output")
+    ]
+    _show.table((str(output), "training-free", f"after {steps} steps"), rows_shown)
