@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from moekit.compress._search import Journal, Search, telling
+from moekit.compress._search import Journal, Search, in_turn, telling
 from moekit.errors import OutputError, PlanError
-from moekit.plan import LayerPlan, Plan
+from moekit.plan import LayerPlan, Plan, ranks
 from moekit.plan.values import spooling
 
 
@@ -119,3 +119,23 @@ def test_a_journal_that_cannot_be_written_is_one_line(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"cannot write the journal .*jsonl: "):
         Journal(tmp_path / "file" / "folder", "a search")
+
+
+def test_other_processes_follow_the_journal_of_the_first(tmp_path, monkeypatch) -> None:
+    waits: list[int] = []
+    monkeypatch.setattr(ranks, "wait", lambda: waits.append(ranks.rank()))
+
+    def run(rank: int, meter: Meter) -> list[float]:
+        monkeypatch.setattr(ranks, "rank", lambda: rank)
+        with spooling(tmp_path), in_turn():
+            found = search(meter)
+            return [found.try_new(lambda expert=expert: expert).loss for expert in (9, 2)]
+
+    first, second = Meter(), Meter()
+    assert run(0, first) == run(1, second) == [9.0, 2.0]
+    assert first.asked == [9, 2]
+    assert second.asked == []
+    assert waits == [0, 1]
+    with in_turn():  # without a folder to share, each searches by itself
+        pass
+    assert waits == [0, 1]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from moekit.errors import OutputError, PlanError
-from moekit.plan import values
+from moekit.plan import ranks, values
 from moekit.plan.document import Plan
 from moekit.plan.planner import Evaluate
 
@@ -42,6 +42,17 @@ def telling(progress: Progress) -> Iterator[None]:
         yield
     finally:
         _PROGRESS.reset(token)
+
+
+@contextmanager
+def in_turn() -> Iterator[None]:
+    """Of several processes on one job the first searches, the others wait for it and then follow its journal."""
+    follows, shared = ranks.rank() > 0, values.spool() is not None
+    if follows and shared:
+        ranks.wait()
+    yield
+    if not follows and shared:
+        ranks.wait()
 
 
 class Journal:
@@ -129,7 +140,7 @@ class Search(Generic[G]):
         self._express, self._evaluate, self._points = express, evaluate, points
         self._total, self._progress = total, _PROGRESS.get()
         self._journal = Journal(None if spool is None else spool.folder, about)
-        self._trusted = not self._journal.losses
+        self._trusted = not self._journal.losses or ranks.rank() > 0
         self._seen: set[str] = set()
         self.archive: list[Scored[G]] = []
 

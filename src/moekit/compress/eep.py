@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from moekit.algebra import share_to_count
-from moekit.compress._search import Search
+from moekit.compress._search import Search, in_turn
 from moekit.compress._select import check_keep, keep_best
 from moekit.errors import OptionError
 from moekit.plan.document import LayerPlan, Plan, StoredExpert
@@ -90,6 +90,15 @@ class Eep(Method):
         if evaluate is None:
             raise OptionError("eep searches by measuring plans and has nothing to measure on: give text, or a profile")
         spans = self._spans([site for site in sites_of(source) if not site.extra])
+        with in_turn():
+            search = self._search(spans, profile, source, evaluate)
+        pruned, best = min(one.loss for one in search.archive[: self.counts[1]]), search.ranked()[0]
+        why = f"the best of {self.evaluations} plans measured at {best.loss:.6g} (pruning alone {pruned:.6g})"
+        return self.made(expressed(best.genome, spans, why), profile, source)
+
+    def _search(
+        self, spans: Sequence[Sequence[Site]], profile: Profile | None, source: Source, evaluate: Evaluate
+    ) -> Search[Genome]:
         done = source.done.fingerprint if isinstance(source, PlannedSource) else "nothing"
         search: Search[Genome] = Search(
             lambda genome: self.made(expressed(genome, spans), profile, source),
@@ -103,9 +112,7 @@ class Eep(Method):
         for number in range(self.evaluations):
             make = draw.subsets if number < first else draw.moved if number < discrete else draw.mixed
             search.try_new(partial(make, search))
-        pruned, best = min(one.loss for one in search.archive[:discrete]), search.ranked()[0]
-        why = f"the best of {self.evaluations} plans measured at {best.loss:.6g} (pruning alone {pruned:.6g})"
-        return self.made(expressed(best.genome, spans, why), profile, source)
+        return search
 
     def points(self, loss: float) -> float:
         """The fitness of a loss, 100 for none."""
