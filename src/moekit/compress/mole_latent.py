@@ -10,7 +10,7 @@ Differs: the group's size, and how r is found in phase 1, are left open by the t
     unless asked for. ``whiten`` weighs the error by the second moments of the group's inputs, which the paper does not.
 Claim: trained so from scratch at the size of GPT-2, 40 % fewer parameters at a comparable loss; converted models keep
     their scores when gate and up are converted.
-Shown: not tried
+Shown: lab.experiments.mole_latent
 """
 
 from __future__ import annotations
