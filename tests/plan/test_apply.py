@@ -234,8 +234,8 @@ def test_a_plan_for_another_model_and_damaged_weights(tmp_path: Path) -> None:
     info, data = checkpoint.tensors[name], bytearray(file.read_bytes())
     data[info.offset : info.offset + 4] = b"\x00\x00\xc0\x7f"
     file.write_bytes(data)
-    for make, where in ((keep, name), (merge, "model.layers.1.mlp, up|model.layers.1.mlp, gate_up of expert 3")):
-        with pytest.raises(CheckpointError, match=rf"({where}).* holds NaN values: the weights are damaged"):
+    for make in (keep, merge):
+        with pytest.raises(CheckpointError, match=rf"{re.escape(name)} holds NaN values: the weights are damaged"):
             apply(checkpoint, plan_of(checkpoint, make), tmp_path / make.__name__)
     assert not (tmp_path / "keep").exists()
 

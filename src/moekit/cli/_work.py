@@ -1,6 +1,7 @@
 """What the commands that plan have in common: a checkpoint, and a profile that is given or made."""
 
-from dataclasses import asdict
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,25 @@ if TYPE_CHECKING:
     from moekit.profile import Profile
 
 
-def observed(checkpoint: "Checkpoint", name: str, seen: Observed, machine: Machine) -> "Profile":
-    """The profile that `--profile` names, or one made from `--text`. OptionError unless exactly one is given."""
+SAMPLE = 2048
+"""Tokens per layer that a profile keeps for methods that work from samples; otherwise it keeps few."""
+
+
+def observed(
+    checkpoint: "Checkpoint",
+    name: str,
+    seen: Observed,
+    machine: Machine,
+    needs: Collection[str] = (),
+) -> "Profile":
+    """The profile that `--profile` names, or one made from `--text` that holds what methods need.
+
+    Processes of one `torchrun` profile a share of the documents each. OptionError unless exactly one of both is given.
+    """
     if (seen.profile is None) == (not seen.text):
         found = "both are" if seen.text else "neither is"
         raise OptionError(f"give either --profile FILE or --text FILE ({found} given)")
-    from moekit.profile import Profile, read_texts
+    from moekit.profile import DEFAULT, Profile, read_texts
     from moekit.profile import profile as observe
 
     if seen.profile is not None:
@@ -27,23 +41,89 @@ def observed(checkpoint: "Checkpoint", name: str, seen: Observed, machine: Machi
         loaded.check_source(checkpoint.fingerprint)
         return loaded
     texts = read_texts(seen.text, checkpoint.tokenizer())
+    options: dict[str, Any] = {"sample": SAMPLE} if "hidden" in needs else {}
+    options["statistics"] = list(dict.fromkeys((*DEFAULT, *sorted(needs))))
     with _show.progress(f"profile {name}") as advance:
-        return observe(checkpoint, texts, max_tokens=seen.max_tokens, progress=advance, **asdict(machine))
+        return _together(
+            lambda part: observe(
+                checkpoint,
+                texts,
+                max_tokens=seen.max_tokens,
+                part=part,
+                progress=advance,
+                **options,
+                **asdict(machine),
+            )
+        )
 
 
-def planned(
-    checkpoint: "Checkpoint", name: str, methods: list[str], seen: Observed, machine: Machine
-) -> tuple["Plan", "Profile | None"]:
-    """The plan of methods in sequence, and the profile, which is read or made only where it is asked for."""
+def _together(observe: "Callable[[tuple[int, int]], Profile]") -> "Profile":
+    """One profile from all processes of a `torchrun`, each of which observes a part; exchanged as files."""
+    from moekit.plan import ranks, values
+    from moekit.profile import Profile
+
+    spool = values.spool()
+    if spool is None or ranks.size() == 1:
+        return observe((0, 1))
+    spool.folder.mkdir(parents=True, exist_ok=True)
+    parts = [spool.folder / f"rank{number}.profile" for number in range(ranks.size())]
+    observe((ranks.rank(), ranks.size())).save(parts[ranks.rank()], overwrite=True)
+    ranks.wait()
+    first, *others = (Profile.load(part) for part in parts)
+    for other in others:
+        first = first.merge(other)
+    return first
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan, the profile it follows from, and text by domain that neither of them was chosen by."""
+
+    plan: "Plan"
+    profile: "Profile | None"
+    aside: Any
+
+
+def planned(checkpoint: "Checkpoint", name: str, methods: list[str], seen: Observed, machine: Machine) -> Planned:
+    """The plan of methods in sequence. The profile is read or made only where it is asked for."""
     if not methods:
         raise OptionError("no method given: name one with --with, such as --with reap:keep=0.5")
     from moekit.compress import sequence
-    from moekit.plan import make_plan
+    from moekit.plan import make_plan, split_held_out
 
     planners = sequence(methods)
-    needed = seen.profile is not None or seen.text or any(planner.needs for planner in planners)
-    profile = observed(checkpoint, name, seen, machine) if needed else None
-    return make_plan(planners, checkpoint, profile), profile
+    needs = frozenset().union(*(planner.needs for planner in planners))
+    profile = observed(checkpoint, name, seen, machine, needs) if seen.profile or seen.text or needs else None
+    judge = Chooser(checkpoint, profile, machine)
+    plan = make_plan(planners, checkpoint, profile, judge)
+    if profile is None:
+        return Planned(plan, None, None)
+    return Planned(plan, profile, split_held_out(profile.held_out)[1] if judge.used else profile.held_out)
+
+
+class Chooser:
+    """The loss by which methods that search choose: on half of the text a profile kept aside. Made when first asked."""
+
+    def __init__(self, checkpoint: "Checkpoint", profile: "Profile | None", machine: Machine) -> None:
+        self._checkpoint, self._profile, self._machine = checkpoint, profile, machine
+        self._loss: Any = None
+
+    @property
+    def used(self) -> bool:
+        """Whether anything was chosen by it."""
+        return self._loss is not None
+
+    def __call__(self, plan: "Plan") -> float:
+        from moekit.plan import live_loss, split_held_out
+
+        if self._profile is None:
+            raise OptionError("this method searches by a loss, which needs text: give --text FILE or --profile FILE")
+        if self._loss is None:
+            choose, _ = split_held_out(self._profile.held_out)
+            self._loss = live_loss(self._checkpoint, choose, **asdict(self._machine))
+        if self._loss is None:
+            raise OptionError("this method searches by a loss, but the profile kept no text aside: profile more text")
+        return self._loss(plan)
 
 
 def carried_out(
@@ -60,6 +140,13 @@ def carried_out(
 
     with _show.parts(label) as tell:
         return apply(checkpoint, plan, output, text=text or None, progress=tell, **asdict(written), **asdict(machine))
+
+
+def leads() -> bool:
+    """Whether this process writes the outputs; of several only one does, once all have planned."""
+    from moekit.plan import ranks
+
+    return ranks.rank() == 0
 
 
 def held_out(text: list[str], checkpoint: "Checkpoint") -> dict[str, list[str]] | None:

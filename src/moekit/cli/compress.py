@@ -3,7 +3,7 @@
 from moekit.cli import _receipt
 from moekit.cli._groups import grouped
 from moekit.cli._options import HeldOut, Json, Machine, Model, Observed, OutputDir, With, Written
-from moekit.cli._work import carried_out, check_output, held_out, planned
+from moekit.cli._work import carried_out, check_output, held_out, leads, planned
 
 
 @grouped
@@ -30,7 +30,13 @@ def compress(
 
     checkpoint = Checkpoint.open(model)
     checked = held_out(aside, checkpoint)
-    made, profile = planned(checkpoint, model, methods, seen, machine)
-    text = checked or (profile.held_out if profile else None)
-    receipt = carried_out(checkpoint, made, output, text, written, machine, f"compress {model}")
+    from moekit.plan import values
+
+    with values.spooling(output.with_name(f"{output.name}.values")) as spool:
+        made = planned(checkpoint, model, methods, seen, machine)
+        if not leads():
+            return
+        text = checked or made.aside
+        receipt = carried_out(checkpoint, made.plan, output, text, written, machine, f"compress {model}")
+    spool.tidy()
     _receipt.tell(receipt, output, as_json)

@@ -8,7 +8,7 @@ import typer
 from moekit.cli import _show
 from moekit.cli._groups import grouped
 from moekit.cli._options import Json, Machine, Model, Observed, Overwrite, With
-from moekit.cli._work import planned
+from moekit.cli._work import leads, planned
 from moekit.errors import OutputError
 
 if TYPE_CHECKING:
@@ -39,8 +39,14 @@ def plan(
     from moekit.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(model)
-    made, _ = planned(checkpoint, model, methods, seen, machine)
+    from moekit.plan import values
+
+    with values.spooling(values.folder_of(output)) as spool:
+        made = planned(checkpoint, model, methods, seen, machine).plan
+    if not leads():
+        return
     made.save(output, overwrite=overwrite)
+    spool.tidy(made.digests)
     described = describe(made, checkpoint)
     if as_json:
         _show.emit({"model": model, "output": output, **described})

@@ -7,7 +7,7 @@ L latent size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -73,6 +73,11 @@ class LatentProducts(_Factored):
     """
 
     bank: LatentBank
+
+    @property
+    def fused(self) -> Self:
+        """A whole batch goes through :meth:`forward` and :meth:`slots`, as through compiled products."""
+        return self
 
     def up(self, expert: int, x_MH: Tensor) -> Tensor:
         return self._cores(expert, self._enter(self.bank.group[expert], x_MH))

@@ -10,13 +10,25 @@ from torch import Tensor
 
 from ..bank import ExpertBank
 from ..contract import Routing
-from ..formats import DenseBank, PackedBank
+from ..formats import DenseBank, LatentBank, LowRankBank, NestedBank, PackedBank, TernaryBank
 from . import _drive
 from ._layer import Layer
+from .factored import LatentProducts, LowRankProducts
 from .integers import IntegerProducts
 from .plain import PlainProducts
+from .planes import NestedProducts, TernaryProducts
 
 Finish = Callable[[Tensor], Tensor]
+
+
+PRODUCTS: dict[type[ExpertBank], Callable[..., _drive.Products]] = {
+    PackedBank: IntegerProducts,
+    LowRankBank: LowRankProducts,
+    LatentBank: LatentProducts,
+    TernaryBank: TernaryProducts,
+    NestedBank: NestedProducts,
+}
+"""What runs each stored format."""
 
 
 def products_of(bank: ExpertBank, finish: Finish | None = None) -> _drive.Products:
@@ -24,8 +36,8 @@ def products_of(bank: ExpertBank, finish: Finish | None = None) -> _drive.Produc
 
     ``finish`` is applied to an expert's output before it is weighted (a post-expert norm).
     """
-    if isinstance(bank, PackedBank):
-        return IntegerProducts(bank, finish)
+    if type(bank) in PRODUCTS:
+        return PRODUCTS[type(bank)](bank, finish)
     if not isinstance(bank, DenseBank):
         bank = DenseBank.stack([bank.expert(e) for e in range(bank.num_experts)], bank.activation)
     return PlainProducts(replace(Layer.of_bank(bank), finish=finish))

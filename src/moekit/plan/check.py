@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from moekit.errors import PlanError
+from moekit.formats import WIDTHS
 from moekit.plan.layer import LayerPlan, Row, StoredExpert
 
 if TYPE_CHECKING:
     from moekit.checkpoint import Checkpoint
     from moekit.plan.document import Plan
 
-BITS = (2, 3, 4, 8, 16)
+BITS = WIDTHS
 """Precisions an output format can store; 16 stands for the source's own."""
 
 

@@ -59,6 +59,12 @@ class Plan:
         return self.layers.get(name) or LayerPlan.identity(num_experts)
 
     @property
+    def digests(self) -> frozenset[str]:
+        """The files of values it names."""
+        layers = self.layers.values()
+        return frozenset(one.digest for layer in layers for one in (layer.values, layer.rewrite) if one is not None)
+
+    @property
     def untouched(self) -> bool:
         return self.extra == "keep" and all(layer.untouched for layer in self.layers.values())
 

@@ -18,7 +18,7 @@ from moekit.checkpoint.shards import Lazy, as_lazy
 from moekit.errors import PlanError
 from moekit.formats import DenseBank, PackedBank
 from moekit.kernels.rewrites import allocate_rewrite
-from moekit.plan.finite import copied, finite
+from moekit.plan.finite import copied, finite, finite_experts
 from moekit.plan.recombine import decoded, recombined_expert
 from moekit.plan.target import LayerTarget
 
@@ -199,9 +199,7 @@ def one_expert(checkpoint: Checkpoint, target: LayerTarget, index: int) -> Dense
         bank = target.values.bank([chosen], _activation(layer.shape.gated))
         return decoded(bank, _dtype(checkpoint, layer, "down"))
     sources = sorted({source for source, _ in stored.parts})
-    dense = checkpoint.bank(layer.name, sources)
-    for part, tensor in dense.tensors().items():
-        finite(tensor, f"{layer.name}, {part} of expert {sources[0] if len(sources) == 1 else sources}")
+    dense = finite_experts(checkpoint, layer, sources, checkpoint.bank(layer.name, sources))
     local = replace(stored, parts=tuple((sources.index(source), c) for source, c in stored.parts))
     return DenseBank.stack([recombined_expert(dense, local)], dense.activation)
 

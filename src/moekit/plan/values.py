@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -143,6 +143,14 @@ class Spool:
         path = self.folder / f"{digest}.safetensors"
         Path(partial).replace(path)
         return Values(json.dumps(describe, sort_keys=True), digest, edits, None, path)
+
+    def tidy(self, kept: Collection[str] = ()) -> None:
+        """Remove everything but the files of these digests, and the folder if nothing is left."""
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            if path.stem not in kept:
+                path.unlink()
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
 
 _SPOOL: ContextVar[Spool | None] = ContextVar("moekit_spool", default=None)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -131,6 +131,23 @@ def batches(sequences: Sequence[TokenSequence], *, tokens: int, pad: int, padded
         else:
             groups.append([number])
     return [_batch(sequences, group, pad) for group in groups]
+
+
+def share(
+    sequences: Sequence[TokenSequence], grouped: Sequence[Batch], number: int, count: int
+) -> tuple[list[TokenSequence], list[Batch]]:
+    """Every ``count``-th batch from ``number`` on, as it would be in the whole run, and the sequences in them.
+
+    Raises TextError where there are fewer batches than parts.
+    """
+    if len(grouped) < count:
+        raise TextError(f"the text makes {len(grouped)} batches, too few for {count} parts: give more text")
+    mine: list[TokenSequence] = []
+    renumbered = []
+    for batch in grouped[number::count]:
+        renumbered.append(replace(batch, number=tuple(range(len(mine), len(mine) + len(batch.number)))))
+        mine += [sequences[n] for n in batch.number]
+    return mine, renumbered
 
 
 def _batch(sequences: Sequence[TokenSequence], group: list[int], pad: int) -> Batch:

@@ -19,7 +19,7 @@ from moekit.errors import MoekitError, OptionError, TextError, UnsupportedModelE
 from moekit.profile._choose import choose, prefill_cells
 from moekit.profile._decode import Generation
 from moekit.profile._reservoir import Quota
-from moekit.profile._sequences import Batch, TokenSequence, batches, cut
+from moekit.profile._sequences import Batch, TokenSequence, batches, cut, share
 from moekit.profile._watch import Watch
 from moekit.profile.document import Profile
 from moekit.profile.schema import ALWAYS, DEFAULT, FIELDS, SAMPLE_KEYS
@@ -57,6 +57,7 @@ def profile(
     device: str = "auto",
     seed: int = 0,
     tokenizer: Any = None,
+    part: tuple[int, int] = (0, 1),
     progress: Callable[[int, int], None] | None = None,
 ) -> Profile:
     """Observe every MoE layer of ``model`` while it reads ``texts`` (documents, or their token ids, by domain).
@@ -74,6 +75,7 @@ def profile(
         trace: most tokens whose routing alone is kept.
         max_ram: cap on the process's resident set; the model is streamed where it does not fit.
         seed: of the choice of pieces and samples.
+        part: (number, of how many): observe only this part of the text; all parts merged are the whole profile.
         progress: told (done, total) as layers, or batches in memory, finish.
 
     Raises:
@@ -89,9 +91,12 @@ def profile(
         documents, subject.tokenizer, length=length, max_tokens=max_tokens, held_out=held_out, seed=seed
     )
     _check_ids(sequences, runner.model)
-    chosen = choose(sequences, sample=sample, trace=trace, decode=decode_tokens, seed=seed)
     pad = subject.tokenizer.pad_token_id or 0
     grouped = batches(sequences, tokens=BATCH_TOKENS, pad=pad, padded=not decode_tokens)
+    if part[1] > 1:
+        sequences, grouped = share(sequences, grouped, *part)
+        aside = aside if part[0] == 0 else {}
+    chosen = choose(sequences, sample=sample, trace=trace, decode=decode_tokens, seed=seed)
     watch = Watch(_moe_blocks(subject), names, len(domains), Quota(sample, balanced), len(chosen.trace))
     needed = watch.kept_bytes(sum(len(s.ids) for s in sequences))
     cap(max_ram).require(needed, "keeping samples and second moments of every layer")
