@@ -6,6 +6,7 @@ import pytest
 import torch
 from expert_modules import ALL_FLAGS, EXPERTS, Flags, batch, make
 
+from moekit.kernels import fused
 from moekit.kernels._layer import Layer
 from moekit.kernels.reference import reference
 
@@ -52,6 +53,33 @@ def test_gradients_equal_the_oracle(flags, dtype, tokens):
     for got, want in zip(ours, expected, strict=True):
         assert (got - want).norm() <= BOUND[dtype] * want.norm() + 1e-12
     assert not module.down_proj.grad[-1].any()
+
+
+@pytest.mark.skipif(fused.lacking() is not None, reason=str(fused.lacking()))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("flags", [Flags(), Flags(bias=True), Flags(gated=False, bias=True), Flags(limit=9.0)], ids=str)
+@pytest.mark.parametrize(("tokens", "window"), [(0, 99), (1, 99), (9, 99), (130, 70)])
+def test_compiled_gradients_equal_the_oracle(monkeypatch, flags, dtype, tokens, window):
+    """Sizes that fused kernels take; experts with 0 to 90 rows, more than a window among them."""
+    monkeypatch.setattr(fused, "WINDOW", window)
+    module = make(flags, dtype, experts=6, hidden=96, inner=64)
+    x, index, weights = batch(tokens, 6, 3, 96, dtype)
+    index = index.clamp(min=1)  # expert 0 stays empty, expert 1 gets twice as much as others
+    upstream = torch.randn_like(x)
+
+    def gradients(call, width):
+        module.zero_grad()
+        leaves = [t.to(width).requires_grad_() for t in (x.detach().clone(), weights.detach().clone())]
+        call(leaves[0], index, leaves[1]).backward(upstream.to(width))
+        every = (*leaves, *module.parameters())
+        return [(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad).double() for leaf in every]
+
+    ours = gradients(module, dtype)
+    assert not module.down_proj.grad[0].any()
+    module.double()
+    expected = gradients(lambda *arguments: reference(Layer.of_module(module), *arguments), torch.float64)
+    for got, want in zip(ours, expected, strict=True):
+        assert (got - want).norm() <= BOUND[dtype] * want.norm() + 1e-12
 
 
 def test_only_what_is_asked_for():

@@ -153,17 +153,18 @@ PANEL_ROWS = (12, 8, 6, 4, 3, 2, 1)
 
 
 @intrinsic(prefer_literal=True)
-def panel(context, kind, weight, stride, x, count, width, bias, out, out_width):
+def panel(context, kind, weight, stride, ahead, x, x_width, count, width, bias, out, out_width):
     """out[m, :32] = bias[:32] + sum over k of x[m, k] * W[k, :32], for ``count`` rows of x, ``width`` long.
 
-    ``stride`` is bytes between W[k] and W[k + 1]; x and ``out`` are float32.
+    ``stride`` is bytes between W[k] and W[k + 1], ``ahead`` from a weight to the one that is fetched when it is used;
+    x and ``out`` are float32. ``width`` is a multiple of 4 unless ``count`` is one of 32.
     """
-    name, signature = kind.literal_value, types.void(kind, *(types.int64,) * 8)
+    name, signature = kind.literal_value, types.void(kind, *(types.int64,) * 10)
 
     def emit(context, b, signature, arguments):
-        weight, stride, x, count, width, bias, out, out_width = arguments[1:]
+        weight, stride, ahead, x, x_width, count, width, bias, out, out_width = arguments[1:]
         start = [load(b, VECTOR, bias, 64 * v) for v in range(2)]
-        rows = (x, b.shl(width, const(2))), (out, b.shl(out_width, const(2)))
+        rows = (x, b.shl(x_width, const(2))), (out, b.shl(out_width, const(2)))
         for M, x_at, out_at in blocks(b, PANEL_ROWS, count, *rows):
             unroll = 4 if M <= 3 else 2 if M <= 6 else 1  # each with sums of its own, as far as registers go
             sums = Sums(b, M, 2 * unroll)
@@ -172,7 +173,7 @@ def panel(context, kind, weight, stride, x, count, width, bias, out, out_width):
                     k = b.add(first, const(u))
                     line = b.add(weight, b.mul(k, stride))
                     for offset in range(0, 4 * BITS[name], 64):
-                        prefetch(b, b.add(line, const(4096 + offset)))
+                        prefetch(b, b.add(b.add(line, ahead), const(offset)))
                     values = COLUMNS[name](b, line, const(0), None)
                     for m in range(M):
                         one = splat(b, load(b, F32, b.add(x_at(m), b.shl(k, const(2))), 0, 4))

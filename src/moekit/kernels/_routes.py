@@ -23,7 +23,7 @@ ROUNDED = 8
 """Rows that a task rounds."""
 
 ROWS = 192
-"""Rows of an expert that one task takes at most."""
+"""Rows of an expert that one task takes at most: they stay in the second-level cache."""
 
 _MOVE = types.void(types.CPointer(from_dtype(MOVE)))
 
@@ -117,17 +117,17 @@ def sort(index_S, experts, pair_S, start_E):
 
 
 @njit(cache=True, nogil=True)
-def share(start_E, kind_E, kind, low, high, columns, threads, table):
+def share(start_E, kind_E, kind, low, high, columns, threads, most, table):
     """Tasks [.., 5] of the experts of one kind for rows ``low`` to ``high``; returns how many.
 
-    Rows are counted from ``low``. Experts are cut by columns until there are several tasks for every thread, and by
-    rows where they would not stay in the second-level cache.
+    Rows are counted from ``low``. Experts are cut by columns until there are several tasks for every thread, and into
+    at most ``most`` rows.
     """
     pieces = 0
     for e in range(len(kind_E)):
         size = min(high, start_E[e + 1]) - max(low, start_E[e])
         if kind_E[e] == kind and size > 0:
-            pieces += -(-size // ROWS)
+            pieces += -(-size // most)
     if pieces == 0:
         return 0
     parts = min(-(-8 * threads // pieces) if threads > 1 else 1, columns // PANEL)
@@ -137,7 +137,7 @@ def share(start_E, kind_E, kind, low, high, columns, threads, table):
         first, end = max(low, start_E[e]), min(high, start_E[e + 1])
         if kind_E[e] != kind or first >= end:
             continue
-        cuts = -(-(end - first) // ROWS)
+        cuts = -(-(end - first) // most)
         for left in range(0, columns, wide):
             for cut in range(cuts):
                 table[count, 0] = e

@@ -136,10 +136,7 @@ class Matrices:
             at |= {"y": y.data_ptr(), "weights": scales.data_ptr()}
             _move(routes().rounded("8"), tasks, pairs, rows, width, **at)
             return Rows(y, scales)
-        y = x_TK
-        if pairs is not None:
-            y = torch.empty(rows, width)
-            _move(routes().gather(), _strips(width), pairs, rows, width, y=y.data_ptr(), **at)
+        y = x_TK if pairs is None else gather(x_TK, pairs, slots)
         if not any(compiled().rounds(name) for name in self.names):
             return Rows(y)
         codes = torch.empty(rows, 64 + 3 * width, dtype=torch.uint8)
@@ -154,27 +151,24 @@ class Matrices:
         ``cut``: where each expert's rows begin [E + 1], and the window of rows that x and ``out`` hold.
         """
         half = 0 if hidden_SI is None else hidden_SI.shape[1]
-        columns, threads = half or self.rows, torch.get_num_threads()
-        start_E, low, high = cut
-        most = min(len(self.kinds), high - low) + (high - low) // routes().ROWS + 1
-        table = np.empty((most * (8 * threads + 1), 5), np.int64)
+        fields = {"x": x.values.data_ptr(), "scales": _address(x.scales), "codes": _address(x.codes)}
+        fields |= {"width": self.width, "out": out_SN.data_ptr(), "columns": self.rows}
+        fields |= {"half": half, "hidden": _address(hidden_SI)}
         for code, function in enumerate(self.functions()):
-            tasks = routes().share(start_E, self.kind_E, code, low, high, columns, threads, table)
-            job = _job(
-                compiled().JOB,
-                tasks=tasks,
-                table=table.ctypes.data,
-                experts=self.table.ctypes.data,
-                x=x.values.data_ptr(),
-                scales=_address(x.scales),
-                codes=_address(x.codes),
-                width=self.width,
-                out=out_SN.data_ptr(),
-                columns=self.rows,
-                half=half,
-                hidden=_address(hidden_SI),
-            )
-            together(function, job.ctypes.data, tasks)
+            self.shared(function, cut, code, half or self.rows, routes().ROWS, **fields)
+
+    def shared(
+        self, function: Any, cut: tuple[np.ndarray, int, int], code: int, span: int, most: int, **fields: int
+    ) -> None:
+        """Run a compiled function for all experts of one kind, in tasks of some of ``span`` columns, ``most`` rows."""
+        start_E, low, high = cut
+        threads = torch.get_num_threads()
+        pieces = min(len(self.kinds), high - low) + (high - low) // most + 1
+        table = np.empty((pieces * (8 * threads + 1), 5), np.int64)
+        tasks = routes().share(start_E, self.kind_E, code, low, high, span, threads, most, table)
+        places = {"table": table.ctypes.data, "experts": self.table.ctypes.data}
+        job = _job(compiled().JOB, tasks=tasks, **places, **fields)
+        together(function, job.ctypes.data, tasks)
 
 
 class Fused:
@@ -185,14 +179,15 @@ class Fused:
     ) -> None:
         self.up, self.down, self.activation, self.finish = up, down, activation, finish
 
-    def forward(self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        """[T, H] in the dtype of ``x_TH``; sums are float32, in the order of the experts."""
+    def forward(self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, kept: list[Tensor] | None = None) -> Tensor:
+        """[T, H] in the dtype of ``x_TH``; sums are float32, in the order of the experts.
+
+        ``kept`` takes the pre-activations [.., G] of the sorted pairs, part after part.
+        """
         out = torch.zeros(x_TH.shape)
         weight = weight_TK.detach().to(torch.float32).contiguous()
-        width, slots = x_TH.shape[1], index_TK.shape[1]
-        for pairs, y in self._windows(x_TH, index_TK):
-            places = {"x": out.data_ptr(), "y": y.data_ptr(), "weights": weight.data_ptr()}
-            _move(routes().combine(), _strips(width), pairs, len(pairs), width, slots=slots, **places)
+        for pairs, y in self._windows(x_TH, index_TK, kept):
+            combine(out, y, weight, pairs)
         return out.to(x_TH.dtype)
 
     def slots(self, x_TH: Tensor, index_TK: Tensor) -> Tensor:
@@ -202,7 +197,9 @@ class Fused:
             out[torch.from_numpy(pairs)] = y.to(out.dtype)
         return out.view(*index_TK.shape, x_TH.shape[1])
 
-    def _windows(self, x_TH: Tensor, index_TK: Tensor) -> Iterator[tuple[np.ndarray, Tensor]]:
+    def _windows(
+        self, x_TH: Tensor, index_TK: Tensor, kept: list[Tensor] | None = None
+    ) -> Iterator[tuple[np.ndarray, Tensor]]:
         """(places in the flat routing, outputs [.., H]) of at most WINDOW sorted pairs at a time."""
         x, slots = x_TH.detach().to(torch.float32).contiguous(), index_TK.shape[1]
         index = index_TK.reshape(-1).to(torch.int64).numpy()
@@ -215,10 +212,28 @@ class Fused:
             z = torch.empty(high - low, self.up.rows)
             h = torch.empty(high - low, self.down.width) if swiglu else z
             self.up.products(self.up.inputs(x, part, slots), z, cut, h if swiglu else None)
+            if kept is not None:
+                kept.append(z)
             h = h if swiglu else self.activation(z).contiguous()
             y = torch.empty(high - low, self.down.rows)
             self.down.products(self.down.inputs(h), y, cut)
             yield part, self.finish(y) if self.finish else y
+
+
+def gather(x_TH: Tensor, pairs: np.ndarray, slots: int) -> Tensor:
+    """The token's row of every pair, [S, H]; float32."""
+    rows, width = len(pairs), x_TH.shape[1]
+    y = torch.empty(rows, width)
+    places = {"x": x_TH.data_ptr(), "y": y.data_ptr()}
+    _move(routes().gather(), _strips(width), pairs, rows, width, slots=slots, **places)
+    return y
+
+
+def combine(out_TH: Tensor, y_SH: Tensor, weight_TK: Tensor, pairs: np.ndarray) -> None:
+    """out[token of the pair] += weight of the pair * its row of y, pair after pair; float32."""
+    rows, width = y_SH.shape
+    places = {"x": out_TH.data_ptr(), "y": y_SH.data_ptr(), "weights": weight_TK.data_ptr()}
+    _move(routes().combine(), _strips(width), pairs, rows, width, slots=weight_TK.shape[1], **places)
 
 
 def _move(function: Any, tasks: int, pairs: np.ndarray | None, rows: int, width: int, **fields: int) -> None:
@@ -258,3 +273,21 @@ def with_bias(experts: int, rows: int, bias_EN: Tensor | None) -> tuple[np.ndarr
     bias = torch.zeros(1, rows) if bias_EN is None else bias_EN.detach().to(torch.float32).contiguous()
     table[:, 6] = bias.data_ptr() + (0 if bias_EN is None else np.arange(experts) * rows * 4)
     return table, bias
+
+
+def turned(stacked_ENK: Tensor) -> Matrices:
+    """The same weights for products x @ W, of gradients: out [S, K] from x [S, N]."""
+    rows, width = stacked_ENK.shape[1:]
+    matrices = dense(stacked_ENK, None)
+    matrices.table[:, 4] = UNIT * stacked_ENK.element_size()
+    zeros = torch.zeros(width)
+    matrices.table[:, 6] = zeros.data_ptr()
+    return Matrices(width, rows, matrices.kinds, matrices.table, (stacked_ENK, zeros), "panels")
+
+
+def outer(gradient_ENK: Tensor, dout_SN: Tensor, x_SK: Tensor, cut: tuple[np.ndarray, int, int]) -> None:
+    """gradient[e] = dout.T @ x over the rows of every expert that has any; float32, the rows of ``cut``'s window."""
+    turned_NS, (_, rows, width) = dout_SN.t().contiguous(), gradient_ENK.shape
+    matrices = dense(gradient_ENK, None)
+    fields = {"x": turned_NS.data_ptr(), "columns": len(dout_SN), "hidden": x_SK.data_ptr(), "width": width}
+    matrices.shared(compiled().outer(), cut, 0, rows, cut[2], **fields)

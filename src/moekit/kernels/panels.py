@@ -78,7 +78,7 @@ def _matrices(packed_EPK: Tensor, bias_EN: Tensor | None) -> Matrices:
     size = packed_EPK.element_size()
     table, bias = with_bias(experts, panels * PANEL, bias_EN)
     table[:, 0] = packed_EPK.data_ptr() + np.arange(experts) * (packed_EPK.stride(0) * size)
-    table[:, 1] = PANEL * size
+    table[:, 1], table[:, 4] = PANEL * size, PANEL * size * width
     kinds = [str(packed_EPK.dtype)[6:]] * experts
     return Matrices(panels * PANEL, width, kinds, table, (packed_EPK, bias), "panels")
 

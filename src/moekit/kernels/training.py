@@ -11,14 +11,17 @@ size, G = 2I if gated else I.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..bank import SILU_MUL, Activation
+from . import fused
 from ._layer import Layer
 from ._plan import Plan
 from ._tiles import Tiles
@@ -32,7 +35,8 @@ def train(layer: Layer, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Te
     if layer.trainable_between or layer.finish is not None:
         return autograd(layer, x_TH, index_TK, weight_TK)
     weights = (layer.gate_up, layer.down, layer.gate_up_bias, layer.down_bias)
-    return _Experts.apply(x_TH, weight_TK, index_TK, layer.activation, *weights)
+    compiled = None if x_TH.dtype == torch.float64 else fused.of_layer(layer)
+    return _Experts.apply(x_TH, weight_TK, index_TK, layer.activation, compiled, *weights)
 
 
 def autograd(layer: Layer, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
@@ -60,12 +64,24 @@ class _Experts(torch.autograd.Function):
         weight_TK: Tensor,
         index_TK: Tensor,
         activation: Activation,
+        compiled: fused.Fused | None,
         gate_up: Tensor,
         down: Tensor,
         gate_up_bias: Tensor | None,
         down_bias: Tensor | None,
     ) -> Tensor:
         plan, tiles = Plan.of(index_TK, down.shape[0]), Tiles(down)
+        ctx.segments, ctx.activation, ctx.compiled = plan.segments, activation, compiled
+        if compiled is not None:
+            kept: list[Tensor] = []
+            out = compiled.forward(x_TH, index_TK, weight_TK, kept)
+            z_SG = (
+                (kept[0] if len(kept) == 1 else torch.cat(kept)).to(down.dtype)
+                if kept
+                else down.new_empty(0, gate_up.shape[1])
+            )
+            ctx.save_for_backward(x_TH, weight_TK, z_SG, gate_up, down, gate_up_bias, down_bias, plan.pair)
+            return out
         x = x_TH.to(tiles.dtype)
         weight = plan.weights(weight_TK, x.dtype)
         z_SG = down.new_empty(plan.pair.numel(), gate_up.shape[1])
@@ -88,7 +104,6 @@ class _Experts(torch.autograd.Function):
                     rows[own].addcmul_(w[own], down_bias[e].to(x.dtype))
             out.index_add_(0, token, rows)
         ctx.save_for_backward(x_TH, weight_TK, z_SG, gate_up, down, gate_up_bias, down_bias, plan.pair)
-        ctx.segments, ctx.activation = plan.segments, activation
         return out.to(x_TH.dtype)
 
     @staticmethod
@@ -96,6 +111,8 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_TH, weight_TK, z_SG, gate_up, down, gate_up_bias, down_bias, pair = ctx.saved_tensors
         plan = Plan(pair, pair // weight_TK.shape[1], ctx.segments)
+        if ctx.compiled is not None:
+            return _backward(ctx, grads[0])
         tiles = Tiles(down)
         wide = tiles.dtype
         x, dout = x_TH.to(wide), grads[0].to(wide)
@@ -103,7 +120,7 @@ class _Experts(torch.autograd.Function):
         dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         dweight = torch.zeros(weight_TK.numel(), dtype=wide, device=x.device)
         banks = (gate_up, down, gate_up_bias, down_bias)
-        wanted = [t if need else None for t, need in zip(banks, ctx.needs_input_grad[4:], strict=True)]
+        wanted = [t if need else None for t, need in zip(banks, ctx.needs_input_grad[5:], strict=True)]
         into = _Gradients(tiles, wanted, active=[e for e, _, _ in plan.segments])
         for chunk in plan.chunks(FEW_ROWS):
             first, last = chunk[0][1], chunk[-1][2]
@@ -130,7 +147,60 @@ class _Experts(torch.autograd.Function):
             if dx is not None:
                 dx.index_add_(0, token, dx_c)
         dx = None if dx is None else dx.to(x_TH.dtype)
-        return dx, dweight.view_as(weight_TK).to(weight_TK.dtype), None, None, *into.tensors
+        return dx, dweight.view_as(weight_TK).to(weight_TK.dtype), None, None, None, *into.tensors
+
+
+def _backward(ctx: Any, dout_TH: Tensor) -> tuple[Tensor | None, ...]:
+    """The same in compiled calls, for as many whole experts at a time as fill a window."""
+    x_TH, weight_TK, z_SG, gate_up, down, gate_up_bias, down_bias, pair = ctx.saved_tensors
+    x, dout = (t.to(torch.float32).contiguous() for t in (x_TH, dout_TH))
+    flat, ones = weight_TK.reshape(-1).to(torch.float32), torch.ones(weight_TK.shape)
+    dx = torch.zeros(x.shape) if ctx.needs_input_grad[0] else None
+    dweight = torch.zeros(flat.shape)
+    banks = (gate_up, down, gate_up_bias, down_bias)
+    wanted = [t if need else None for t, need in zip(banks, ctx.needs_input_grad[5:], strict=True)]
+    into = _Gradients(Tiles(down), wanted, active=[e for e, _, _ in ctx.segments])
+    start_E = np.zeros(len(down) + 1, np.int64)
+    for e, start, stop in ctx.segments:
+        start_E[e + 1] = stop - start
+    start_E = start_E.cumsum()
+    for group in _windows(ctx.segments):
+        low, high = group[0][1], group[-1][2]
+        cut, places, slots = (start_E, low, high), pair[low:high].numpy(), weight_TK.shape[1]
+        dy, x_c = (fused.gather(t, places, slots) for t in (dout, x))
+        dwh = torch.empty(high - low, down.shape[2])
+        fused.turned(down).products(fused.Rows(dy), dwh, cut)
+        w = flat.index_select(0, pair[low:high]).unsqueeze(1)
+        hidden, dz = _through(ctx.activation, z_SG[low:high].to(torch.float32), dwh, w)
+        dw = (dwh * hidden).sum(1)
+        hidden.mul_(w)
+        into.products(1, dy, hidden, group, cut)
+        into.products(0, dz, x_c, group, cut)
+        for e, start, stop in group:
+            own = slice(start - low, stop - low)
+            if down_bias is not None:
+                dw[own] += torch.mv(dy[own], down_bias[e].to(torch.float32))
+                into.bias(3, e, dy[own] * w[own])
+            into.bias(2, e, dz[own])
+        dweight[pair[low:high]] = dw
+        if dx is not None:
+            rows = torch.empty_like(x_c)
+            fused.turned(gate_up).products(fused.Rows(dz), rows, cut)
+            fused.combine(dx, rows, ones, places)
+    dx = None if dx is None else dx.to(x_TH.dtype)
+    return dx, dweight.view_as(weight_TK).to(weight_TK.dtype), None, None, None, *into.tensors
+
+
+def _windows(segments: list[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
+    """Whole experts in order, as many as fill a window; one that has more rows is alone."""
+    group: list[tuple[int, int, int]] = []
+    for segment in segments:
+        if group and segment[2] - group[0][1] > fused.WINDOW:
+            yield group
+            group = []
+        group.append(segment)
+    if group:
+        yield group
 
 
 class _Gradients:
@@ -138,21 +208,48 @@ class _Gradients:
 
     def __init__(self, tiles: Tiles, weights: list[Tensor | None], active: list[int]) -> None:
         self.tiles = tiles
-        self.tensors = [None if w is None else torch.empty_like(w) for w in weights]
-        for tensor in self.tensors:
-            for idle in set(range(0 if tensor is None else len(tensor))).difference(active):
-                assert tensor is not None
-                tensor[idle].zero_()
+        self.tensors = [None if w is None else _zeros(w, active) for w in weights]
 
     def product(self, which: int, expert: int, dout_MN: Tensor, in_MK: Tensor) -> None:
         target = self.tensors[which]
         if target is not None:
             self.tiles.outer(target[expert], dout_MN, in_MK)
 
+    def products(
+        self,
+        which: int,
+        dout_SN: Tensor,
+        in_SK: Tensor,
+        group: list[tuple[int, int, int]],
+        cut: tuple[np.ndarray, int, int],
+    ) -> None:
+        """Of several experts, in one compiled call where the gradients are float32."""
+        target, low = self.tensors[which], cut[1]
+        if target is not None and target.dtype == torch.float32:
+            fused.outer(target, dout_SN, in_SK, cut)
+            return
+        for e, start, stop in group:
+            self.product(which, e, dout_SN[start - low : stop - low], in_SK[start - low : stop - low])
+
     def bias(self, which: int, expert: int, rows_MN: Tensor) -> None:
         target = self.tensors[which]
         if target is not None:
             target[expert] = rows_MN.sum(0)
+
+
+def _zeros(weight: Tensor, active: list[int]) -> Tensor:
+    """A gradient in which only the active experts are left to be written.
+
+    Zeroed memory of the system costs nothing until it is touched, and nobody touches an idle expert here: with one
+    token, writing zeros for all others would be most of a training step.
+    """
+    if len(active) < len(weight) and weight.device.type == "cpu" and weight.is_contiguous():
+        zeros = torch.from_numpy(np.zeros(weight.numel() * weight.element_size(), np.uint8))
+        return zeros.view(weight.dtype).view(weight.shape)
+    gradient = torch.empty_like(weight)
+    for idle in set(range(len(weight))).difference(active):
+        gradient[idle].zero_()
+    return gradient
 
 
 def _through(activation: Activation, z_MG: Tensor, dwh_MI: Tensor, weight_M1: Tensor) -> tuple[Tensor, Tensor]:
