@@ -10,7 +10,7 @@ Differs: the text read leaves open the affinity, the reference of the alignment 
     all E router rows stay, those of a cluster calling the merged expert; ``router=mean`` makes one row of each cluster,
     the mean weighted by usage, which stock files hold. The fine-tuning that follows is not part of the plan.
 Claim: halved, a large SMoE matches a smaller one trained from scratch after the same fine-tuning; quartered, sometimes.
-Shown: not tried
+Shown: lab.experiments.uncurl
 """
 
 from __future__ import annotations
