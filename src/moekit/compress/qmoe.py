@@ -8,7 +8,7 @@ Uses: compress._calibrated, algebra.gptq, formats.TernaryBank
 Differs: experts with few tokens are damped more (compress._calibrated); tokens are a sample of the source model's
     states in each layer, not those that earlier compressed layers make.
 Claim: a Switch Transformer of 1.6 trillion parameters in less than 160 GB, 0.8 bits each, with a minor loss.
-Shown: not tried
+Shown: lab.experiments.qmoe
 """
 
 from __future__ import annotations
