@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,19 +18,24 @@ from moekit import lab
 from moekit.build._write import load_dense
 from moekit.checkpoint import Checkpoint
 from moekit.lab._batches import Batches as Mixture
+from moekit.lab._batches import text_tokens
 from moekit.lab._recipe import RECIPES
 from moekit.measure import Interval, bits_per_byte
 from moekit.stream import LoadedModel
 from moekit.train import Batch, Batches, Objective, TrainOptions, distil
 
-TOKENS, LENGTH, TEST_BYTES = 512, 128, 2048
+TOKENS, LENGTH, TEST_BYTES, DOMAIN_BYTES = 512, 128, 2048, 8192
 LM = Objective(kl=0.0, lm=1.0)
 
 
 class Ground:
-    """The dense sibling in float32, training batches and test text by seed."""
+    """The dense sibling in float32, training batches and test text by seed.
 
-    def __init__(self) -> None:
+    With a ``domain``, training and test text are of that domain alone: something new to learn in few steps.
+    """
+
+    def __init__(self, domain: str | None = None) -> None:
+        self.domain = domain
         self.source = Checkpoint.open("moekit:dense")
         self.tokenizer = self.source.tokenizer()
         self._dense = load_dense(self.source)
@@ -38,7 +44,8 @@ class Ground:
             "fingerprint": self.source.fingerprint,
             "tokens_per_step": TOKENS,
             "context": LENGTH,
-            "test_bytes_per_domain": TEST_BYTES,
+            "domain": domain or "all",
+            "test_bytes_per_domain": DOMAIN_BYTES if domain else TEST_BYTES,
         }
 
     def dense(self) -> Any:
@@ -46,6 +53,8 @@ class Ground:
         return copy.deepcopy(self._dense)
 
     def batches(self, seed: int) -> Batches:
+        if self.domain is not None:
+            return one_domain(self.domain, seed, TOKENS, LENGTH)
         return mixture(seed, TOKENS, LENGTH)
 
     def rows(self, seed: int, count: int) -> list[Tensor]:
@@ -56,8 +65,10 @@ class Ground:
         return rows[:count]
 
     def loss(self, model: Any, seed: int) -> float:
-        """Bits per byte on the test split, mean over all domains."""
-        texts = {domain: [lab.text(domain, "test", TEST_BYTES, seed)] for domain in lab.DOMAINS}
+        """Bits per byte on the test split, mean over the domains."""
+        domains = lab.DOMAINS if self.domain is None else (self.domain,)
+        size = TEST_BYTES if self.domain is None else DOMAIN_BYTES
+        texts = {domain: [lab.text(domain, "test", size, seed)] for domain in domains}
         runner = LoadedModel(model)
         scores = bits_per_byte(runner, texts, self.tokenizer, length=LENGTH, batch_size=16)
         return sum(score.mean for score in scores.values()) / len(scores)
@@ -82,6 +93,19 @@ def mixture(seed: int, tokens: int, length: int) -> Batches:
     def batch(step: int) -> Batch:
         ids, weight = source.batch(step)
         return {"input_ids": ids, "weight": weight}
+
+    return batch
+
+
+def one_domain(domain: str, seed: int, tokens: int, length: int) -> Batches:
+    """Batches of windows of one text domain's training split."""
+    stream = text_tokens(domain, "train")
+
+    def batch(step: int) -> Batch:
+        rng = np.random.default_rng((seed, step))
+        starts = rng.integers(len(stream) - length - 1, size=tokens // length)
+        windows = np.stack([stream[start : start + length + 1] for start in starts]).astype(np.int64)
+        return {"input_ids": torch.from_numpy(windows)}
 
     return batch
 
