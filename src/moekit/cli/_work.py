@@ -156,6 +156,11 @@ def held_out(text: list[str], checkpoint: "Checkpoint") -> dict[str, list[str]] 
     return read_texts(text, checkpoint.tokenizer()) if text else None
 
 
+def beside(output: Path) -> Path:
+    """Where values computed for an output wait until it is published."""
+    return output.with_name(f"{output.name}.values")
+
+
 def check_output(output: Path, overwrite: bool) -> None:
     """OutputError, before any work, where an output is in the way."""
     if output.exists() and not overwrite:

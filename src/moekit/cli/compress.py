@@ -3,7 +3,7 @@
 from moekit.cli import _receipt
 from moekit.cli._groups import grouped
 from moekit.cli._options import HeldOut, Json, Machine, Model, Observed, OutputDir, With, Written
-from moekit.cli._work import carried_out, check_output, held_out, leads, planned
+from moekit.cli._work import beside, carried_out, check_output, held_out, leads, planned
 
 
 @grouped
@@ -32,7 +32,7 @@ def compress(
     checked = held_out(aside, checkpoint)
     from moekit.plan import values
 
-    with values.spooling(output.with_name(f"{output.name}.values")) as spool:
+    with values.spooling(beside(output)) as spool:
         made = planned(checkpoint, model, methods, seen, machine)
         if not leads():
             return

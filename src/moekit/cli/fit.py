@@ -1,6 +1,8 @@
 """`moekit fit`: a solver chooses what to keep, and at what precision, to lose least within a budget."""
 
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,12 +11,12 @@ import typer
 from moekit.cli import _curve, _receipt, _show
 from moekit.cli._groups import grouped
 from moekit.cli._options import HeldOut, Json, Machine, Model, Observed, Written
-from moekit.cli._work import carried_out, check_output, held_out, observed
+from moekit.cli._work import beside, carried_out, check_output, held_out, observed
 from moekit.errors import OptionError
 
 if TYPE_CHECKING:
     from moekit.checkpoint import Checkpoint
-    from moekit.plan import FitResult, Receipt
+    from moekit.plan import FitResult, Plan, Receipt
     from moekit.profile import Profile
 
 
@@ -64,9 +66,12 @@ def fit(
 
     checkpoint = Checkpoint.open_headers(model) if dry_run else Checkpoint.open(model)
     checked = held_out(aside, checkpoint) if aside else None
-    profile = observed(checkpoint, model, seen, machine)
+    profile = observed(checkpoint, model, seen, machine, {"hidden"})
     budget = {"size": size, "memory": memory, "context": context, "ratio": ratio}
-    result, judge = search(checkpoint, profile, budget, machine, format=written.format)
+    from moekit.plan import values
+
+    with values.spooling(beside(output)) if output else nullcontext() as spool:
+        result, judge = search(checkpoint, profile, budget, machine, format=written.format)
     if curve is not None:
         _curve.write(result.curve, result.nbytes, curve, f"{model}: size against predicted loss")
     if not as_json:
@@ -76,16 +81,18 @@ def fit(
     receipt = None
     if output is not None and not dry_run:
         receipt = carried_out(checkpoint, result.plan, output, checked or judge, written, machine, f"apply to {model}")
-        prove(output, checkpoint, machine)
+        prove(output, checkpoint, machine, result.plan)
+    if spool is not None:
+        spool.tidy()
     _report(result, receipt, output, as_json)
 
 
-def prove(output: Path, checkpoint: "Checkpoint", machine: Machine) -> int:
+def prove(output: Path, checkpoint: "Checkpoint", machine: Machine, plan: "Plan | None" = None) -> int:
     """Compute every tensor of an output again and compare; how many. VerificationError where they differ."""
     from moekit.plan.verify import verify
 
     with _show.progress(f"verify {output}") as advance:
-        report = verify(output, checkpoint, progress=advance, **asdict(machine))
+        report = verify(output, checkpoint, plan=plan, progress=advance, **asdict(machine))
     report.require()
     return report.tensors
 
@@ -102,6 +109,7 @@ def search(
 
     Plans are compared by running them where the model is at hand; else the prediction decides.
     """
+    from moekit.compress import calibratable, calibrated
     from moekit.plan import fit as solve
     from moekit.plan import live_loss, split_held_out
 
@@ -110,8 +118,18 @@ def search(
     with _show.parts("fit") as tell:
         tell("running the source", 0, 1)
         evaluate = None if remote else live_loss(checkpoint, choose, progress=tell.inside, **asdict(machine))
+        # Calibrated points lie in moekit's own format only.
+        own = format in ("auto", "moekit") and not remote and calibratable(profile)
+        finish = partial(calibrated, source=checkpoint, profile=profile) if own else None
         result = solve(
-            checkpoint, profile, evaluate=evaluate, weights=not remote, format=format, progress=tell, **budget
+            checkpoint,
+            profile,
+            evaluate=evaluate,
+            weights=not remote,
+            format=format,
+            finish=finish,
+            progress=tell,
+            **budget,
         )
     return result, judge
 

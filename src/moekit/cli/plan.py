@@ -59,7 +59,7 @@ def describe(made: "Plan", checkpoint: Any) -> dict[str, Any]:
     """The plan in figures: bytes before and after, and one record per layer."""
     layers = []
     for name, layer in made.layers.items():
-        bits = sorted({expert.bits for expert in layer.experts})
+        bits = sorted({bits for bits, _ in layer.widths})
         merged = sum(len(expert.parts) > 1 for expert in layer.experts)
         layers.append(
             {

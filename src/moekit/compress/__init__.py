@@ -2,8 +2,21 @@
 
 from moekit.compress._arena import Arena
 from moekit.compress._compare import Comparison, compare
+from moekit.compress._finish import calibratable, calibrated
 from moekit.compress._options import method, methods, sequence
 from moekit.compress._own_texts import OwnTexts
 from moekit.compress._within import chain, within
 
-__all__ = ["Arena", "Comparison", "OwnTexts", "chain", "compare", "method", "methods", "sequence", "within"]
+__all__ = [
+    "Arena",
+    "Comparison",
+    "OwnTexts",
+    "calibratable",
+    "calibrated",
+    "chain",
+    "compare",
+    "method",
+    "methods",
+    "sequence",
+    "within",
+]

@@ -6,11 +6,12 @@ Every answer is remembered, so that contestants share their baselines' runs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from moekit.compress._finish import calibratable, calibrated
 from moekit.compress._within import chain, within
 from moekit.plan import LiveLoss, Plan, fit, make_plan
 from moekit.plan.sizes import plan_nbytes, source_nbytes
@@ -64,7 +65,9 @@ class Arena:
         ``fit`` is the solver's plan for that size.
         """
         if spec == FIT:
-            found = fit(self.source, self.seen(seed), size=nbytes, evaluate=self._chooser(seed))
+            seen = self.seen(seed)
+            finish = partial(calibrated, source=self.source, profile=seen) if calibratable(seen) else None
+            found = fit(self.source, seen, size=nbytes, evaluate=self._chooser(seed), finish=finish)
             self._chooser(seed).restore()
             return found.describe().splitlines()[0], found.plan
         return within(spec, self.source, self.seen(seed), nbytes, lambda plan: self.chosen_by(plan, seed))

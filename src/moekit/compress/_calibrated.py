@@ -58,27 +58,35 @@ def packed(
     sample: Sample,
     bank: DenseBank,
     bits: int | Sequence[int],
-    group_size: int = 64,
+    group_size: int | Sequence[int] = 64,
     *,
     grid: Callable[[int], Grid] | None = None,
     feedback: Feedback = Feedback(),
 ) -> tuple[PackedBank, str]:
-    """Experts as packed integers, ``bits`` one for all or one each (16: left as it was), and a line on what happened.
+    """Experts as packed integers, ``bits`` and ``group_size`` one for all or one each (16 bits: left as it was), and a
+    line on what happened.
 
     ``grid`` gives the grid of a width, with groups of ``group_size``; None is the packed bank's own, asymmetric.
     """
     widths = [bits] * bank.num_experts if isinstance(bits, int) else list(bits)
-    assert len(widths) == bank.num_experts
+    sizes = [group_size] * bank.num_experts if isinstance(group_size, int) else list(group_size)
+    assert len(widths) == len(sizes) == bank.num_experts
 
     def make(experts: Sequence[int], parts: Sequence[Parts]) -> PackedBank:
         made = [
             {name: as_codes(found[name]) if found else getattr(bank, name)[e] for name in PARTS}
             for e, found in zip(experts, parts, strict=True)
         ]
-        return PackedBank.from_codes(made, [widths[e] for e in experts], group_size, **_kind(bank, experts))
+        return PackedBank.from_codes(
+            made, [widths[e] for e in experts], [sizes[e] for e in experts], **_kind(bank, experts)
+        )
 
-    fit = grid or (lambda width: Asymmetric(bits=width, group_size=group_size))
-    return _calibrated(sample, bank, [None if width == 16 else fit(width) for width in widths], make, feedback)
+    def fit(width: int, size: int) -> Grid | None:
+        if width == 16:
+            return None
+        return grid(width) if grid else Asymmetric(bits=width, group_size=size)
+
+    return _calibrated(sample, bank, list(map(fit, widths, sizes)), make, feedback)
 
 
 def ternary(sample: Sample, bank: DenseBank, grid: Grid, *, feedback: Feedback) -> tuple[TernaryBank, str]:

@@ -48,7 +48,7 @@ def levers(fit: FitResult) -> tuple[str, ...]:
     stored = [expert for layer in layers for expert in layer.experts]
     counts = [len(layer.experts) for layer in layers]
     merged = sum(len(expert.parts) > 1 for expert in stored)
-    widths = Counter((expert.bits, expert.group_size if expert.bits != 16 else 0) for expert in stored)
+    widths = Counter((bits, group if bits != 16 else 0) for layer in layers for bits, group in layer.widths)
     lines = [f"Chosen: {fit.candidates[0].name}, of {len(fit.candidates)} plans that fit."]
     if len(stored) < total and not merged:
         lines.append(

@@ -7,7 +7,7 @@ then measured on calibration tokens, and the least measured loss wins.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -72,6 +72,7 @@ def fit(
     precisions: Sequence[Precision] = PRECISIONS,
     weights: bool = True,
     rivals: Mapping[str, Plan] | None = None,
+    finish: Callable[[Plan], Plan] | None = None,
     format: str = "auto",
     effort: Effort | None = None,
     progress: Progress | None = None,
@@ -85,6 +86,8 @@ def fit(
         precisions: (bits, group size) pairs an expert may have.
         weights: False reads headers only, and takes the rounding error of normally distributed weights.
         rivals: plans of other methods to compare with, by name; those over the budget are left out.
+        finish: another way to round what the best plans round, as large to the byte (with calibration, say); tried
+            where plans can be measured.
         format: the output format; one that cannot say everything ("stock", "compressed-tensors") leaves one number of
             experts for all layers, at one precision.
         effort: how much to measure; None for ``FULL``, or ``LIGHT`` above ``LARGE`` expert weights, or ``STREAMED``.
@@ -106,7 +109,7 @@ def fit(
         costs.append(layer_cost(source, layer, profile.layers[layer.name], precisions, weights=weights))
         tell("weighing layers", index + 1, len(layers))
     search = Search(source, costs, budget, evaluate, format, effort or usual_effort(source, evaluate), tell)
-    best, ranked, curve = search.run(rivals or {})
+    best, ranked, curve = search.run(rivals or {}, finish)
     plan = replace(best.plan, profile=profile.fingerprint)
     return FitResult(
         plan=plan,

@@ -121,6 +121,14 @@ class LayerPlan:
         return replace(self, experts=tuple(replace(e, bits=b, group_size=g) for e, b, g in each))
 
     @property
+    def widths(self) -> tuple[tuple[int, int], ...]:
+        """(bits, group size) of every stored expert, computed or not; 16 bits where it is not packed integers."""
+        if self.values is None or self.values.format != "packed":
+            return tuple((expert.bits, expert.group_size) for expert in self.experts)
+        found = list(zip(self.values.describe["bits"], self.values.describe["group_size"], strict=True))
+        return tuple(found if self.values.chosen is None else (found[e] for e in self.values.chosen))
+
+    @property
     def plain_slots(self) -> bool:
         """True if row s calls stored expert s: what every stock router does."""
         return self.slots == tuple(range(len(self.experts)))

@@ -44,6 +44,8 @@ class Effort:
 FULL, LIGHT = Effort(8, True, 10, 2), Effort(2, False, 3, 1)
 STREAMED = Effort(2, False, 2, 0, finalists=4, rows=False)
 """Where each measurement is a pass over the weights on disk."""
+FINISHED = 2
+"""Plans whose rounding is done again with calibration: the best ones."""
 Progress = Callable[[str, int, int], None]
 
 
@@ -75,7 +77,9 @@ class Search:
         self.rest = fixed_nbytes(source)
         self.room = budget.nbytes - self.rest
 
-    def run(self, rivals: Mapping[str, Plan]) -> tuple[Candidate, list[Candidate], tuple[tuple[int, float], ...]]:
+    def run(
+        self, rivals: Mapping[str, Plan], finish: Callable[[Plan], Plan] | None = None
+    ) -> tuple[Candidate, list[Candidate], tuple[tuple[int, float], ...]]:
         key, quantised = self.source.fingerprint, bool(self.source.scheme.config)
         uniform = widths(self.source, self.costs, self.format) if self.format in ONLY else None
         if uniform is None and not quantised and self.room < smallest(self.costs):
@@ -91,6 +95,8 @@ class Search:
             self._too_small(uniform)
         if self.evaluate is not None and uniform is None:
             ranked = self._refined(ranked, weights, rankings, self.effort.rounds if solvable else 0)
+        if self.evaluate is not None and finish is not None:
+            ranked = self._finished(ranked, finish)
         if uniform is not None:
             return ranked[0], ranked, curve(self.costs, weights, rankings[0], uniform)
         whole = solve(self.costs, weights, rankings[0], self.room) if solvable else None
@@ -143,6 +149,15 @@ class Search:
             return ranked
         dropping = next((one for one in ranked if one.drop > 0), ranked[0])
         return self._measured([*ranked, *rows_kept(dropping, self.costs, self.source.bank)])
+
+    def _finished(self, ranked: list[Candidate], finish: Callable[[Plan], Plan]) -> list[Candidate]:
+        """The best plans that round, rounded in another way too."""
+        rounding = [one for one in ranked if any(e.bits != 16 for p in one.plan.layers.values() for e in p.experts)]
+        again = [
+            replace(one, name=f"{one.name}, rounded with calibration", plan=finish(one.plan), measured=None)
+            for one in rounding[:FINISHED]
+        ]
+        return self._measured([*ranked, *again])
 
     def _as_stored(self, weights: Weights, rankings: Sequence[str]) -> list[Candidate]:
         """A source stored quantised keeps that layout, and its sizes, as long as experts are only dropped."""

@@ -15,9 +15,14 @@ from moekit.profile.schema import FIELDS, HALVES, PHASES
 class RoutePlan(Protocol):
     """The part of a layer's plan that says which observed expert becomes which: see ``moekit.plan``."""
 
-    experts: Sequence[Any]
-    slots: Sequence[int]
-    rows: Sequence[Sequence[tuple[int, float]]]
+    @property
+    def experts(self) -> Sequence[Any]: ...
+
+    @property
+    def slots(self) -> Sequence[int]: ...
+
+    @property
+    def rows(self) -> Sequence[Sequence[tuple[int, float]]]: ...
 
 
 @dataclass(frozen=True)
