@@ -1,7 +1,7 @@
 """M-SMoE (n 18): does merging by routing policy, weighted by usage, beat plainer averages, before and after recovery?
 
-Setting: the embedded model, half of the experts kept, profiled on 4 KB of each of four domains per seed. Recovery is
-the same for all: 40 steps of distillation from the source (KL, 512 tokens each, AdamW at 1e-3 falling to 0) of the
+Setting: the embedded model, half of the experts kept, profiled on 2 KB of each of four domains per seed. Recovery is
+the same for all: 12 steps of distillation from the source (KL, 512 tokens each, AdamW at 1e-3 falling to 0) of the
 experts alone, those that share an expert trained as one; text of the calibration split, the same batches in the same
 order. Judged by KL divergence from the source on 1 KB of each domain's test split. Baselines: the plain mean of random
 groups; M-SMoE's own groups merged without aligning hidden units; M-SMoE's own groups merged by the plain mean. All keep
@@ -30,12 +30,12 @@ from moekit.plan import LayerPlan, Plan, StoredExpert
 from moekit.plan.recombine import recombined
 
 OURS, RANDOM, UNALIGNED, EQUAL = "m-smoe", "random groups", "not aligned", "equal weights"
-STEPS = 40
+STEPS = 12
 
 
 def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
     """Return KL by method before and after recovery, and the stable ranks. ``text`` is not used."""
-    trial = Trial(calibration=4096, test=1024, sample=256)
+    trial = Trial(calibration=2048, test=1024, sample=256)
     losses: dict[str, dict[str, list[float]]] = {"untrained": {}, "recovered": {}}
     ranks: dict[str, list[float]] = {"untrained": [], "recovered": []}
     for done, seed in enumerate(seeds):

@@ -1,7 +1,7 @@
 """MC-SMoE (n 18, second half): after merging, are low rank and a few whole rows, trained, the best use of the bytes?
 
 Setting: the embedded model merged by M-SMoE to half of its experts, then every matrix as rank 16 (of 64) plus a tenth
-of the remainder's rows. Recovery is distillation from the source as in the experiment of M-SMoE (40 steps, experts
+of the remainder's rows. Recovery is distillation from the source as in the experiment of M-SMoE (12 steps, experts
 alone), here with the rows pruned to the tenth by gradients on the cubic schedule. Baselines at no fewer bytes, with the
 same steps on the same batches: low rank alone, on the same merge and schedule, with the rank (22) that the rows' bytes
 pay for; and merging on (to 4 experts per layer) instead of factoring. Judged by KL divergence from the source on 1 KB
@@ -29,12 +29,12 @@ from moekit.train.schedule import RowPruning
 OURS, LOW, MERGED = "low rank + rows", "low rank alone", "merged on"
 SHAPES = {OURS: (16, 0.1), LOW: (22, 0.0)}
 """Rank, and the share of rows."""
-STEPS = 40
+STEPS = 12
 
 
 def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
     """Return KL by method before and after recovery, and the bytes of each. ``text`` is not used."""
-    trial = Trial(calibration=4096, test=1024, sample=256)
+    trial = Trial(calibration=2048, test=1024, sample=256)
     losses: dict[str, dict[str, list[float]]] = {"untrained": {}, "recovered": {}}
     nbytes: dict[str, list[int]] = {}
     for done, seed in enumerate(seeds):
