@@ -122,11 +122,19 @@ def _write(built: Built, checkpoint: Checkpoint, place: Path, format: str) -> No
                 built.report["reload"] = reload_in_fresh_process(ready, with_moekit=False)
             built.report["format"] = chosen
             (ready / REPORT).write_text(json.dumps(built.report, indent=1, sort_keys=True) + "\n", "utf-8")
-            if place.exists():
-                place.rename(Path(scratch) / "old")
-            ready.rename(place)
+            _put(ready, place)
     except OSError as error:
         raise OutputError(f"cannot write {place}: {error.strerror or error}") from error
+
+
+def _put(ready: Path, place: Path) -> None:
+    """One rename; an output that is replaced is removed only afterwards."""
+    old = place.with_name(f".{place.name}.old")
+    if place.exists():
+        place.rename(old)
+    ready.rename(place)
+    if old.exists():
+        shutil.rmtree(old)
 
 
 def _save(model: Any, dtype: torch.dtype, folder: Path) -> None:

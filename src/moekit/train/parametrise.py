@@ -1,7 +1,7 @@
 """Experts of stock modules trained in a structured form, by torch's own parametrisations on their stacked parameters.
 
 The module keeps its class and its forward: reading ``gate_up_proj`` or ``down_proj`` computes them from what is
-trained. :func:`settle` makes plain weights of it again; :func:`factors` gives what was trained.
+trained. :func:`settle` makes plain weights of it again; :func:`held` gives what is trained.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moekit.blocks import blocks
 from moekit.checkpoint import Checkpoint
-from moekit.errors import OptionError, TextError
+from moekit.errors import OptionError, OutputError, TextError
 from moekit.measure import compare
 from moekit.stream import LoadedModel
 from moekit.train import recovered
@@ -85,6 +85,8 @@ def recover(
     wrong = [part for part in what if part not in WHAT]
     if wrong or not what:
         raise OptionError(f"cannot train {wrong[0] if wrong else 'nothing'}: choose of {', '.join(WHAT)}")
+    if output is not None and Path(output).exists() and not overwrite:
+        raise OutputError(f"{output} exists; pass --overwrite to replace it, or choose another output")
     student, source = _opened(compressed), _opened(against)
     recovered.check_possible(student, what)
     kept, aside = [row for i, row in enumerate(rows) if i % _EVERY], list(rows[::_EVERY])

@@ -2,8 +2,8 @@
 
 Setting: the dense sibling, all eight layers upcycled, is adapted to one domain, licences. Contestants of a seed see the
 same 60 batches of 512 tokens of its training split; only routed experts and routers are trained (language modelling
-plus 0.01 times balance), full-precision ones at 1e-3, ternary ones at 3e-3 (the method's sheet warns that they need more;
-neither rate was tuned):
+plus 0.01 times balance), full-precision ones at 1e-3, ternary ones at 3e-3 (ternary weights are said to
+need more; neither rate was tuned):
 
 - full: 4 experts, top-2, weights that sum to 1, no shared expert (as many parameters active as MoTE);
 - full-rounded: the same with every expert rounded to ternary after training;
