@@ -11,7 +11,7 @@ import torch
 from moekit.algebra import TernaryMinMax
 from moekit.compress import _calibrated, method
 from moekit.compress._calibrated import DAMPING, Feedback, damping, joined, packed, ternary
-from moekit.compress._sample import Sample, expert_moments, moe_output
+from moekit.compress._sample import Sample, moe_output
 from moekit.errors import OptionError
 from moekit.formats import DenseBank, PackedBank, TernaryBank
 from moekit.plan import Plan
@@ -54,7 +54,7 @@ TERNARY = partial(ternary, grid=TernaryMinMax(), feedback=Feedback())
 @pytest.mark.parametrize("make", [MIXED, TERNARY])
 def test_chunks_change_nothing(make, sample, bank, monkeypatch) -> None:
     whole, notes = make(sample, bank)
-    monkeypatch.setattr(_calibrated, "expert_moments", partial(expert_moments, max_bytes=1))
+    monkeypatch.setattr(_calibrated, "CHUNK_BYTES", 1)
     chunked, again = make(sample, bank)
     assert same(whole, chunked)
     assert notes == again

@@ -25,6 +25,9 @@ DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Steps of the damping, as a share of the mean variance. Few tokens tell little of K x K moments, and feedback along
 what they happen to show does harm: down projections calibrated at the usual 0.01 on as many tokens as columns came out
 worse than rounded to nearest on other text of the embedded model, and better once damped by a quarter of K / N."""
+CHUNK_BYTES = 2**26
+"""Of second moments held at once; weights, codes and what rounding works on are several times as much. Not more: the
+engine takes few large experts at a time anyway."""
 FEW = 16
 """Tokens below which an expert is named as having seen little."""
 
@@ -121,7 +124,8 @@ def _calibrated(
     feedback: Feedback,
 ) -> tuple[Bank, str]:
     account, banks = _Account(), []
-    for moments in expert_moments(sample, bank, weighted=feedback.weighted, lend=feedback.lend):
+    kind = {"weighted": feedback.weighted, "lend": feedback.lend}
+    for moments in expert_moments(sample, bank, **kind, max_bytes=CHUNK_BYTES):
         found: dict[int, dict[str, Rounded]] = {e: {} for e in moments.experts}
         for name, hessian_CKK in zip(PARTS, (moments.input_CHH, moments.unit_CII), strict=True):
             for grid, damping, places in _alike(moments, grids, feedback, hessian_CKK.shape[-1], len(sample)):

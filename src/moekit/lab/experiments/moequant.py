@@ -56,7 +56,7 @@ def holds(figures: Mapping[str, Any]) -> bool:
 
 
 def measure(trial: Trial, seed: int) -> dict[str, dict[str, float]]:
-    """``kl`` and ``error`` by "method text", ``imbalance`` by text, shares of different pairs of tokens in a sequence."""
+    """``kl`` and ``error`` by "method text", ``imbalance`` by text, shares of pairs in a sequence that differ."""
     assert isinstance(trial.runner, LoadedModel)
     written, repeats = self_sampled_texts(trial.runner, f"{SEQUENCES}x{TOKENS}", seed=seed)
     noise = np.random.default_rng(seed).integers(0, 256, (SEQUENCES, TOKENS))
