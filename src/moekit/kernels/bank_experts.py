@@ -96,7 +96,8 @@ class BankExperts(nn.Module):
             raise OptionError("stored experts have no backward: call the model under torch.no_grad()")
         if self._products is None:
             finish = in_its_dtype(self.post_expert_norm) if self.has_post_expert_norm else None
-            self._products = products_of(self.bank, finish)
+            bank = self.bank if self.rewrite is None else self.rewrite.runs(self.bank)
+            self._products = products_of(bank, finish)
         if self.rewrite is not None:
             hidden_states, top_k_index, top_k_weights = self.rewrite(hidden_states, top_k_index, top_k_weights)
         return forward(self._products, hidden_states, self._stored(top_k_index), top_k_weights)

@@ -144,7 +144,7 @@ class RatioSkip(Rewrite):
 
 
 class PrefixMask(Rewrite):
-    """A linear head on the input and the sorted weights says how many of a token's heaviest slots run: 1 to K.
+    """A linear head on the input and the sorted weights' logarithms says how many of the heaviest slots run: 1 to K.
 
     Trained (``train()``) its choice is a Gumbel-softmax at ``temperature``: slots are weighted by the share of prefixes
     that hold them, and ``cost`` is the expected number of slots per token, as a share of K. Otherwise it is the argmax.
@@ -178,7 +178,7 @@ class PrefixMask(Rewrite):
 
     def logits(self, x_TH: Tensor, weight_TK: Tensor) -> Tensor:
         """[T, K]: of keeping 1, 2 ... K slots."""
-        heavy = weight_TK.float().sort(dim=1, descending=True, stable=True).values
+        heavy = weight_TK.float().sort(dim=1, descending=True, stable=True).values.clamp(min=1e-6).log()
         return nn.functional.linear(torch.cat([x_TH.float(), heavy], 1), self.weight.float(), self.bias.float())
 
     def forward(self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Routed:
