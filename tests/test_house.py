@@ -169,3 +169,9 @@ def test_rule_catches_its_fault(rule, bad, good):
 def test_cycle_rule():
     assert house.cycles({"a": {"b"}, "b": {"a"}}) == [["a", "b"]]
     assert house.cycles({"a": {"b"}, "b": set()}) == []
+
+
+def test_test_files_have_names_of_their_own():
+    """pytest imports them all as top-level modules: two of one name shadow each other."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
