@@ -9,6 +9,7 @@ from expert_modules import ALL_FLAGS, EXPERTS, Flags, batch, make
 from moekit.kernels import fused
 from moekit.kernels._layer import Layer
 from moekit.kernels.reference import reference
+from moekit.kernels.training import FRESH
 
 BOUND = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2}
 
@@ -80,6 +81,22 @@ def test_compiled_gradients_equal_the_oracle(monkeypatch, flags, dtype, tokens, 
     expected = gradients(lambda *arguments: reference(Layer.of_module(module), *arguments), torch.float64)
     for got, want in zip(ours, expected, strict=True):
         assert (got - want).norm() <= BOUND[dtype] * want.norm() + 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_idle_experts_get_zeros_from_fresh_memory(dtype):
+    """Large gradients with idle experts: zero where nothing was written, and ordinary tensors to an optimiser."""
+    module = make(Flags(), dtype, experts=40, hidden=128, inner=96)
+    assert module.gate_up_proj.nbytes > FRESH
+    x, _, weights = batch(2, 40, 1, 128, dtype)
+    module(x, torch.tensor([[3], [17]]), weights).sum().backward()
+    used = [e for e in range(40) if module.gate_up_proj.grad[e].any()]
+    assert used == [3, 17]
+    before = module.gate_up_proj.detach().clone()
+    torch.optim.SGD(module.parameters(), 0.1).step()
+    assert torch.equal(module.gate_up_proj[0], before[0])
+    assert not torch.equal(module.gate_up_proj[3], before[3])
+    module(x, torch.tensor([[3], [17]]), weights).sum().backward()  # adds to what is there
 
 
 def test_only_what_is_asked_for():

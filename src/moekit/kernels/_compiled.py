@@ -122,6 +122,7 @@ def by_rows(kind: str, sources: str = SOURCES):
                         transpose(kind, matrix, job.width, turned)
                         panel(
                             "float32",
+                            0,
                             turned,
                             4 * PANEL,
                             4096,
@@ -153,12 +154,34 @@ def by_panels(kind: str, sources: str = SOURCES):
         while task < job.tasks:
             e, first, end, left, right = _task(job, task)
             weight, stride, _, _, groups, _, bias = _expert(job, e)
-            x, count, ahead = job.x + 4 * first * job.width, end - first, groups if groups < stride else 4096
+            x, count = job.x + 4 * first * job.width, end - first
             for column in range(left, right, PANEL):
                 for n in range(column, 2 * job.half if job.half else column + 1, job.half if job.half else 1):
                     w, out = weight + n // PANEL * groups, job.out + 4 * (first * job.columns + n)
-                    panel(kind, w, stride, ahead, x, job.width, count, job.width, bias + 4 * n, out, job.columns)
+                    panel(kind, 0, w, stride, 4096, x, job.width, count, job.width, bias + 4 * n, out, job.columns)
                 _activate(job, first, end, column)
+            task = take(job.here)
+
+    return run
+
+
+@built
+def by_columns(kind: str, sources: str = SOURCES):
+    """Products x @ W with weights [K, N] as they lie, a few rows at a time; ``out`` is zero before."""
+
+    @cfunc(_JOB, cache=True)
+    def run(pointer):
+        made_from(sources)
+        job = carray(pointer, 1)[0]
+        task = take(job.here)
+        while task < job.tasks:
+            e, first, end, left, right = _task(job, task)
+            weight, stride, _, _, size, _, bias = _expert(job, e)
+            for k in range(0, job.width, PANEL):
+                x = job.x + 4 * (first * job.width + k)
+                for n in range(left, right, PANEL):
+                    w, out = weight + k * stride + n * size, job.out + 4 * (first * job.columns + n)
+                    panel(kind, 1, w, stride, 512, x, job.width, end - first, PANEL, bias, out, job.columns)
             task = take(job.here)
 
     return run
@@ -193,33 +216,6 @@ def by_int8(sources: str = SOURCES):
                         job.columns,
                     )
                 _activate(job, first, end, column)
-            task = take(job.here)
-
-    return run
-
-
-@built
-def outer(sources: str = SOURCES):
-    """Gradients of weights, [N, K] of an expert: the products of its rows' output gradients with their inputs.
-
-    ``x`` is the transposed output gradients [N, S] with S as ``columns``, ``hidden`` the inputs [S, K] with K as
-    ``width``; ``experts`` holds where the gradients go, and zeros as bias. Tasks take some of N.
-    """
-
-    @cfunc(_JOB, cache=True)
-    def run(pointer):
-        made_from(sources)
-        job = carray(pointer, 1)[0]
-        task = take(job.here)
-        while task < job.tasks:
-            e, first, end, left, right = _task(job, task)
-            gradient, _, _, _, _, _, zeros = _expert(job, e)
-            stride = 4 * job.width
-            for column in range(0, job.width, PANEL):
-                x = job.hidden + first * stride + 4 * column
-                for n in range(left, right, PANEL):
-                    dout, to = job.x + 4 * (n * job.columns + first), gradient + n * stride + 4 * column
-                    panel("float32", x, stride, 0, dout, job.columns, PANEL, end - first, zeros, to, job.width)
             task = take(job.here)
 
     return run

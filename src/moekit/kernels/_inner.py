@@ -153,16 +153,17 @@ PANEL_ROWS = (12, 8, 6, 4, 3, 2, 1)
 
 
 @intrinsic(prefer_literal=True)
-def panel(context, kind, weight, stride, ahead, x, x_width, count, width, bias, out, out_width):
+def panel(context, kind, adds, weight, stride, ahead, x, x_width, count, width, bias, out, out_width):
     """out[m, :32] = bias[:32] + sum over k of x[m, k] * W[k, :32], for ``count`` rows of x, ``width`` long.
 
     ``stride`` is bytes between W[k] and W[k + 1], ``ahead`` from a weight to the one that is fetched when it is used;
-    x and ``out`` are float32. ``width`` is a multiple of 4 unless ``count`` is one of 32.
+    x and ``out`` are float32. ``width`` is a multiple of 4 unless ``count`` is one of 32. Where ``adds`` is 1, ``out``
+    itself is added instead of the bias.
     """
-    name, signature = kind.literal_value, types.void(kind, *(types.int64,) * 10)
+    name, signature = kind.literal_value, types.void(kind, adds, *(types.int64,) * 10)
 
     def emit(context, b, signature, arguments):
-        weight, stride, ahead, x, x_width, count, width, bias, out, out_width = arguments[1:]
+        weight, stride, ahead, x, x_width, count, width, bias, out, out_width = arguments[2:]
         start = [load(b, VECTOR, bias, 64 * v) for v in range(2)]
         rows = (x, b.shl(x_width, const(2))), (out, b.shl(out_width, const(2)))
         for M, x_at, out_at in blocks(b, PANEL_ROWS, count, *rows):
@@ -181,7 +182,7 @@ def panel(context, kind, weight, stride, ahead, x, x_width, count, width, bias, 
                             sums.add(m, 2 * u + v, one, values[v])
             for m in range(M):
                 for v in range(2):
-                    value = start[v]
+                    value = load(b, VECTOR, out_at(m), 64 * v) if adds.literal_value else start[v]
                     for u in range(unroll):
                         value = b.fadd(value, sums.get(m, 2 * u + v))
                     store(b, value, out_at(m), 64 * v)

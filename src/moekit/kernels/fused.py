@@ -105,7 +105,8 @@ class Rows:
 class Matrices:
     """One matrix [N, K] of every expert: ``table`` [E, 7] as :data:`FIELDS`, ``kinds[e]`` its weights' kind.
 
-    ``form`` is how the weights lie: "rows", "panels" or "int8"; ``kept`` holds what the table's addresses point to.
+    ``form`` is how the weights lie: "rows", "columns" (of the transposed matrix), "panels" or "int8"; ``kept`` holds
+    what the table's addresses point to.
     """
 
     rows: int
@@ -124,8 +125,7 @@ class Matrices:
         """The compiled products, one for each of ``names``."""
         if self.form == "int8":
             return [compiled().by_int8()]
-        form = compiled().by_panels if self.form == "panels" else compiled().by_rows
-        return [form(name) for name in self.names]
+        return [getattr(compiled(), f"by_{self.form}")(name) for name in self.names]
 
     def inputs(self, x_TK: Tensor, pairs: np.ndarray | None = None, slots: int = 1) -> Rows:
         """The rows of x that the pairs (None: all rows) ask for, as this matrix wants them."""
@@ -276,18 +276,10 @@ def with_bias(experts: int, rows: int, bias_EN: Tensor | None) -> tuple[np.ndarr
 
 
 def turned(stacked_ENK: Tensor) -> Matrices:
-    """The same weights for products x @ W, of gradients: out [S, K] from x [S, N]."""
+    """The same weights for products x @ W, of gradients: x [S, N] added to out [S, K]."""
     rows, width = stacked_ENK.shape[1:]
     matrices = dense(stacked_ENK, None)
-    matrices.table[:, 4] = UNIT * stacked_ENK.element_size()
+    matrices.table[:, 4] = stacked_ENK.element_size()
     zeros = torch.zeros(width)
     matrices.table[:, 6] = zeros.data_ptr()
-    return Matrices(width, rows, matrices.kinds, matrices.table, (stacked_ENK, zeros), "panels")
-
-
-def outer(gradient_ENK: Tensor, dout_SN: Tensor, x_SK: Tensor, cut: tuple[np.ndarray, int, int]) -> None:
-    """gradient[e] = dout.T @ x over the rows of every expert that has any; float32, the rows of ``cut``'s window."""
-    turned_NS, (_, rows, width) = dout_SN.t().contiguous(), gradient_ENK.shape
-    matrices = dense(gradient_ENK, None)
-    fields = {"x": turned_NS.data_ptr(), "columns": len(dout_SN), "hidden": x_SK.data_ptr(), "width": width}
-    matrices.shared(compiled().outer(), cut, 0, rows, cut[2], **fields)
+    return Matrices(width, rows, matrices.kinds, matrices.table, (stacked_ENK, zeros), "columns")

@@ -11,6 +11,7 @@ size, G = 2I if gated else I.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +29,9 @@ from ._tiles import Tiles
 
 FEW_ROWS = 64
 """Rows of an expert below which it shares the row-wise work with its neighbours."""
+
+FRESH = 2**20
+"""Bytes of a gradient from which idle experts are left to fresh memory."""
 
 
 def train(layer: Layer, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
@@ -168,23 +172,23 @@ def _backward(ctx: Any, dout_TH: Tensor) -> tuple[Tensor | None, ...]:
         low, high = group[0][1], group[-1][2]
         cut, places, slots = (start_E, low, high), pair[low:high].numpy(), weight_TK.shape[1]
         dy, x_c = (fused.gather(t, places, slots) for t in (dout, x))
-        dwh = torch.empty(high - low, down.shape[2])
+        dwh = torch.zeros(high - low, down.shape[2])
         fused.turned(down).products(fused.Rows(dy), dwh, cut)
         w = flat.index_select(0, pair[low:high]).unsqueeze(1)
         hidden, dz = _through(ctx.activation, z_SG[low:high].to(torch.float32), dwh, w)
         dw = (dwh * hidden).sum(1)
         hidden.mul_(w)
-        into.products(1, dy, hidden, group, cut)
-        into.products(0, dz, x_c, group, cut)
         for e, start, stop in group:
             own = slice(start - low, stop - low)
             if down_bias is not None:
                 dw[own] += torch.mv(dy[own], down_bias[e].to(torch.float32))
                 into.bias(3, e, dy[own] * w[own])
+            into.product(1, e, dy[own], hidden[own])
             into.bias(2, e, dz[own])
+            into.product(0, e, dz[own], x_c[own])
         dweight[pair[low:high]] = dw
         if dx is not None:
-            rows = torch.empty_like(x_c)
+            rows = torch.zeros_like(x_c)
             fused.turned(gate_up).products(fused.Rows(dz), rows, cut)
             fused.combine(dx, rows, ones, places)
     dx = None if dx is None else dx.to(x_TH.dtype)
@@ -215,22 +219,6 @@ class _Gradients:
         if target is not None:
             self.tiles.outer(target[expert], dout_MN, in_MK)
 
-    def products(
-        self,
-        which: int,
-        dout_SN: Tensor,
-        in_SK: Tensor,
-        group: list[tuple[int, int, int]],
-        cut: tuple[np.ndarray, int, int],
-    ) -> None:
-        """Of several experts, in one compiled call where the gradients are float32."""
-        target, low = self.tensors[which], cut[1]
-        if target is not None and target.dtype == torch.float32:
-            fused.outer(target, dout_SN, in_SK, cut)
-            return
-        for e, start, stop in group:
-            self.product(which, e, dout_SN[start - low : stop - low], in_SK[start - low : stop - low])
-
     def bias(self, which: int, expert: int, rows_MN: Tensor) -> None:
         target = self.tensors[which]
         if target is not None:
@@ -240,12 +228,12 @@ class _Gradients:
 def _zeros(weight: Tensor, active: list[int]) -> Tensor:
     """A gradient in which only the active experts are left to be written.
 
-    Zeroed memory of the system costs nothing until it is touched, and nobody touches an idle expert here: with one
-    token, writing zeros for all others would be most of a training step.
+    Fresh memory of the system is zero and costs nothing until it is touched, and nobody touches an idle expert here:
+    with one token, writing zeros for all others would be most of a training step.
     """
-    if len(active) < len(weight) and weight.device.type == "cpu" and weight.is_contiguous():
-        zeros = torch.from_numpy(np.zeros(weight.numel() * weight.element_size(), np.uint8))
-        return zeros.view(weight.dtype).view(weight.shape)
+    nbytes = weight.numel() * weight.element_size()
+    if len(active) < len(weight) and weight.device.type == "cpu" and weight.is_contiguous() and nbytes >= FRESH:
+        return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=weight.dtype).view(weight.shape)
     gradient = torch.empty_like(weight)
     for idle in set(range(len(weight))).difference(active):
         gradient[idle].zero_()
