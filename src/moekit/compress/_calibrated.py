@@ -25,9 +25,9 @@ DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Steps of the damping, as a share of the mean variance. Few tokens tell little of K x K moments, and feedback along
 what they happen to show does harm: down projections calibrated at the usual 0.01 on as many tokens as columns came out
 worse than rounded to nearest on other text of the embedded model, and better once damped by a quarter of K / N."""
-CHUNK_BYTES = 2**26
-"""Of second moments held at once; weights, codes and what rounding works on are several times as much. Not more: the
-engine takes few large experts at a time anyway."""
+CHUNK_BYTES = 2**24
+"""Of second moments held at once: one large expert or many small ones. Factors, weights and what rounding works on take
+some twenty times as much."""
 FEW = 16
 """Tokens below which an expert is named as having seen little."""
 
