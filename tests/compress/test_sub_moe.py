@@ -88,6 +88,13 @@ def test_a_pool_gives_clusters_to_the_layer_that_needs_them(model, profile) -> N
     assert [len(alone.layers[name].experts) for name in (NAME, OTHER)] == [2, 5]  # no more where more saves nothing
 
 
+def test_a_layer_of_identical_experts_becomes_one(model, profile) -> None:
+    model.banks[NAME] = model.banks[NAME].select([0] * 8)
+    layer = method("sub-moe:keep=4,pool=1").plan(profile, model).layers[NAME]
+    assert layer.slots == (0,) * 8
+    assert torch.allclose(recombined(model.banks[NAME], layer).down[0], model.banks[NAME].down[0], atol=1e-6)
+
+
 def test_a_cluster_without_tokens_is_cut_unwhitened_and_named(model, profile) -> None:
     seen = profile.layers[NAME]
     chosen = seen.sample_expert % 7  # nobody chooses expert 7
