@@ -7,6 +7,7 @@ import pytest
 import torch
 from training import dense, rows, sparse, states_equal
 
+import families
 from moekit.blocks import blocks
 from moekit.errors import OptionError
 from moekit.train import Objective, Preference, TrainOptions, batches_of, chosen, distil, pair_batches, prefer
@@ -57,6 +58,15 @@ def test_roles_and_patterns():
         chosen(model, ["shared"])
     with pytest.raises(OptionError, match=r"'\*\.nowhere' names no parameter"):
         chosen(model, ["router", "*.nowhere"])
+
+
+def test_a_router_inside_its_experts_is_not_one_of_them():
+    model, _ = families.build("jetmoe")
+    router, experts = chosen(model, ["router"]), chosen(model, ["experts"])
+    assert router
+    assert experts
+    assert not set(router) & set(experts)
+    assert all("router" in name for name in router)
 
 
 def test_the_same_run_twice_gives_the_same_bits():

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from training import rows, sparse
 
+import families
 from moekit.blocks import blocks
 from moekit.errors import OptionError, UnsupportedModelError
 from moekit.train import TrainOptions, batches_of, distil
@@ -52,6 +53,24 @@ def test_a_form_begins_as_the_weights_and_settles_to_what_it_became(form, bound)
     assert torch.equal(logits(model), after)
     assert list(model.state_dict()) == list(sparse(0).state_dict())
     assert all(isinstance(p, torch.nn.Parameter) for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "dots1", "granitemoe"])
+def test_every_layout_of_stacked_experts(family):
+    """Transposed, interleaved and biased stacks are split into the matrices that the bank has, and joined again."""
+    model, inputs = families.build(family)
+    with torch.no_grad():
+        before = model(**inputs).logits
+        for block in blocks(model):
+            bank = block.bank()
+            parametrise(block, lambda: LowRankSparse(2))
+            for part, _, (left, right, rest) in held(block):
+                rows = {"gate": bank.gate_up.chunk(2, 1)[0], "up": bank.gate_up.chunk(2, 1)[1], "down": bank.down}
+                assert torch.allclose(left @ right + rest, rows[part], atol=1e-5)
+        assert torch.allclose(model(**inputs).logits, before, atol=1e-5)
+        for block in blocks(model):
+            settle(block)
+    assert model.state_dict().keys() == families.build(family)[0].state_dict().keys()
 
 
 @settings(max_examples=20, deadline=None)

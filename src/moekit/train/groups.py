@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -50,13 +50,19 @@ def _role(model: nn.Module, role: str) -> set[str]:
         return {name for name, parameter in named.items() if parameter.dim() == 1 and not name.endswith("bias")}
     if role == "scales":
         return {name for name in named if "scale" in name.rpartition(".")[2]}
-    found = {id(p) for block in blocks(model) for module in _modules(block, role) for p in module.parameters()}
-    if role == "router":
-        found -= {id(p) for block in blocks(model) for p in block.experts.parameters()}
+    found = {id(p) for block in blocks(model) for p in _parameters(block, role)}
     return {name for name, parameter in named.items() if id(parameter) in found}
 
 
-def _modules(block: MoEBlock, role: str) -> tuple[nn.Module, ...]:
+def _parameters(block: MoEBlock, role: str) -> Iterator[nn.Parameter]:
+    """Where router and experts are one module inside the other, the inner one's parameters are its alone."""
     if role == "shared":
-        return block.shared
-    return (getattr(block, "router_module" if role == "router" else "experts"),)
+        for shared in block.shared:
+            yield from shared.parameters()
+        return
+    own, other = block.router_module, block.experts
+    if role == "experts":
+        own, other = other, own
+    inside = any(module is other for module in own.modules())
+    theirs = {id(p) for p in other.parameters()} if inside else set()
+    yield from (p for p in own.parameters() if id(p) not in theirs)
