@@ -79,14 +79,19 @@ def prepared(module: Any, bits: int | None) -> Any:
     return twin, moekit.prepare(twin, bits=bits, keep=True)
 
 
-def packed(module: Any, bits: int) -> BankExperts:
+PACKED = {"packed 8 bit": (8,) * 4, "packed 4 bit": (4,) * 4, "packed 3 bit": (3,) * 4, "packed 2 bit": (2,) * 4}
+PACKED |= {"packed 1 bit": (1,) * 4, "packed 1-8 bit": (1, 2, 4, 8)}
+"""Bits of the distinct experts."""
+
+
+def packed(module: Any, bits: tuple[int, ...]) -> BankExperts:
     """The distinct experts packed, and copied to the places of all others."""
     few, experts = DISTINCT, module.num_experts
     bank = PackedBank.quantise(DenseBank(module.gate_up_proj[:few], module.down_proj[:few]), bits, 64)
     by_expert = [{n: t for n, t in bank.tensors().items() if n.startswith(f"{e}.")} for e in range(few)]
     stored = {f"{e}.{n.split('.', 1)[1]}": t.clone() for e in range(experts) for n, t in by_expert[e % few].items()}
-    whole = replace(bank, stored=stored, bits=bank.bits[:1] * experts, group_size=bank.group_size[:1] * experts)
-    return BankExperts(whole)
+    widths = tuple(bank.bits[e % few] for e in range(experts))
+    return BankExperts(replace(bank, stored=stored, bits=widths, group_size=bank.group_size[:1] * experts))
 
 
 def routing(tokens: int, experts: int, slots: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,15 +163,15 @@ def inference(shape: tuple, dtype: torch.dtype, module: Any, seconds: float) -> 
     contestants["plain"] = sharing(module, "moekit")
     contestants["prepared"], report = prepared(module, None)
     contestants["int8"], _ = prepared(module, 8)
-    for bits in (8, 4, 2) if dtype == torch.bfloat16 else ():
-        contestants[f"packed {bits} bit"] = packed(module, bits)
+    if dtype == torch.bfloat16:
+        contestants |= {name: packed(module, bits) for name, bits in PACKED.items()}
     with torch.no_grad():
         index, weight = routing(tokens, experts, slots, dtype)
         exact = sharing(module, "eager")(x, index, weight).float()
         errors = {
             name: float((run(x, index, weight).float() - exact).norm() / exact.norm())
             for name, run in contestants.items()
-            if "packed" not in name
+            if name not in PACKED
         }
         times = race(contestants, lambda: (x, *routing(tokens, experts, slots, dtype)), seconds)
         dense_x, dense_w = torch.randn(tokens * slots, hidden).to(dtype), torch.randn(3 * inner, hidden).to(dtype)
@@ -180,9 +185,17 @@ def inference(shape: tuple, dtype: torch.dtype, module: Any, seconds: float) -> 
         "speed-up": {n: round(ratio(times, theirs, n), 3) for n in ours},
         "relative error": {n: float(f"{e:.1e}") for n, e in errors.items() if n != "eager"},
         "prepared": "packed" if report.packed else next(iter(report.shared.values())),
+        "bytes of an expert": {n: _expert_bytes(contestants[n], n, shape, dtype) for n in ours},
         "dense matmul milliseconds": round(dense * 1e3, 3),
         "repetitions": len(times["plain"]),
     }
+
+
+def _expert_bytes(run: Any, name: str, shape: tuple, dtype: torch.dtype) -> float:
+    """Of weights, scales and mins; what a decoding step has to read of every active expert."""
+    if name in PACKED:
+        return sum(p.numel() * p.element_size() for p in run.parameters()) / shape[2]
+    return 3 * shape[0] * shape[1] * (1 if name == "int8" else dtype.itemsize)
 
 
 def training(shape: tuple, dtype: torch.dtype, module: Any, seconds: float) -> dict[str, Any]:
@@ -216,16 +229,14 @@ def training(shape: tuple, dtype: torch.dtype, module: Any, seconds: float) -> d
 
 def shares(shape: tuple, dtype: torch.dtype, result: dict[str, Any], bandwidth: float) -> dict[str, float]:
     """Share of the physical limit: FLOPs of one dense matmul (prefill), bytes of the active experts (decode)."""
-    hidden, inner, experts, slots, tokens = shape
-    milliseconds = result["milliseconds"]
-    ours = {n: t for n, t in milliseconds.items() if n in ("plain", "prepared", "int8")}
+    _, _, experts, slots, tokens = shape
+    ours = {n: result["milliseconds"][n] for n in result["bytes of an expert"]}
     if tokens >= PREFILL_TOKENS:
         return {n: round(result["dense matmul milliseconds"] / t, 3) for n, t in ours.items()}
     if tokens > DECODE_TOKENS:
         return {}
     active = experts * (1 - (1 - slots / experts) ** tokens)
-    width = {"plain": dtype.itemsize, "prepared": dtype.itemsize, "int8": 1}
-    size = {n: active * 3 * hidden * inner * width[n] for n in ours}
+    size = {n: active * nbytes for n, nbytes in result["bytes of an expert"].items()}
     return {n: round(size[n] / (t / 1e3) / 1e9 / bandwidth, 3) for n, t in ours.items()}
 
 

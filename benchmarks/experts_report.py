@@ -39,7 +39,10 @@ def table(rows: list[list[str]]) -> str:
 
 def markdown(record: dict[str, Any]) -> str:
     cases, about = record["cases"], record["machine"]
-    names = ["plain", "prepared", "int8", "packed 8 bit", "packed 4 bit", "packed 2 bit"]
+    names = ["plain", "prepared", "int8"]
+    packs = [f"packed {bits} bit" for bits in ("8", "4", "3", "2", "1", "1-8")]
+    packed = [["H, I, E, k, T", "bfloat16 (ms)", *(name.removeprefix("packed ") for name in packs)]]
+    tokens = [["H, I, E, k, T", "bfloat16", *packed[0][2:]]]
     speed = [["H, I, E, k, T", "dtype", "transformers' best (ms)", *names]]
     train = [
         ["H, I, E, k, T", "dtype", "grouped_mm (ms)", "moekit", "activation bytes", "limit: plain", "prepared", "int8"]
@@ -50,7 +53,12 @@ def markdown(record: dict[str, Any]) -> str:
         best = run["best of transformers"]
         cells = [f"{run['speed-up'][n]:.2f}x" if n in run["speed-up"] else "" for n in names]
         speed.append([*key, f"{best} {run['milliseconds'][best]:.2f}", *cells])
-        limit = [f"{share[n]:.0%}" if n in share else "" for n in names[:3]]
+        if packs[0] in run["speed-up"]:
+            ours = [f"{run['speed-up'][n]:.2f}x" + (f" ({share[n]:.0%})" if n in share else "") for n in packs]
+            packed.append([key[0], f"{run['milliseconds'][best]:.2f}", *ours])
+            rate = [f"{case['shape'][4] / run['milliseconds'][n] * 1e3:.0f}" for n in (best, *packs)]
+            tokens.append([key[0], *rate])
+        limit = [f"{share[n]:.0%}" if n in share else "" for n in names]
         times = [
             f"{back['milliseconds']['grouped_mm']:.1f}",
             f"{back['speed-up']:.2f}x",
@@ -68,6 +76,17 @@ def markdown(record: dict[str, Any]) -> str:
         "## Forward: speed-up over the best of transformers' own backends on each shape",
         "",
         table(speed),
+        "",
+        "## Packed integers against bfloat16 of the same shapes",
+        "",
+        "Groups of 64; the last column mixes 1, 2, 4 and 8 bits between experts. In brackets the share of the limit "
+        "below, counting every active expert's packed bytes once.",
+        "",
+        table(packed),
+        "",
+        "Tokens per second of one layer:",
+        "",
+        table(tokens),
         "",
         "## Forward + backward against grouped_mm, and the share of the physical limit (forward)",
         "",
