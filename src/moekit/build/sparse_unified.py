@@ -9,7 +9,9 @@ Differs: text only. A zero router under k < E would always choose the same k exp
     begins with tiny noise. Loss (LM, optionally KL to the dense model), steps and rates are ours: the paper's were
     not read. Tuning all trains the split layers, not the attention.
 Claim: with about half of the parameters active the adapted model is close to the full one.
-Shown: lab.experiments.sparse_unified
+Shown: lab.experiments.sparse_unified. Not here: in 80 steps of 512 tokens routers go two thirds of the way from
+    untrained slices to the best fixed half of the units, and stay 0.03 bits per byte behind it (0.06 when both are
+    tuned). Snake order makes the slices equally good on purpose: routing begins at an average half, not at the best.
 """
 
 from __future__ import annotations

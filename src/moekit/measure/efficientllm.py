@@ -10,7 +10,8 @@ Differs: AMU is the resident memory of the process, beside the bytes of the mode
     normalised over a set of models.
 Claim: no method dominates; a sparse 1.5B x 8 model has a lower loss than dense models of 1.5B and 3B, and needs more
     memory.
-Shown: lab.experiments.efficientllm
+Shown: lab.experiments.efficientllm. Not here: after 200 steps of 512 tokens the sparse model leads the dense one of
+    equal active size by 0.09 bits per byte, within the noise of three seeds (-0.02 to 0.20), at 2.6 times its bytes.
 """
 
 from __future__ import annotations
