@@ -16,6 +16,7 @@ from moekit.errors import OptionError
 from moekit.formats import FORMATS, allocate, with_tensors
 
 KINDS = [{}, {"bias": False}, {"activation": PLAIN}, {"dtype": torch.bfloat16}]
+NAMES = ["gated", "unbiased", "plain", "bfloat16"]
 every = pytest.mark.parametrize("name", MADE)
 
 
@@ -33,7 +34,7 @@ def test_every_format_is_tried():
 
 
 @every
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
 def test_sizes_are_those_on_disk(name, kind, tmp_path):
     bank, dense = bank_of(name, **kind)
     path = tmp_path / "bank.safetensors"
@@ -46,7 +47,7 @@ def test_sizes_are_those_on_disk(name, kind, tmp_path):
 
 
 @every
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 def test_allocates_what_it_describes(name, kind, device):
     bank, dense = bank_of(name, **kind)
@@ -60,7 +61,7 @@ def test_allocates_what_it_describes(name, kind, device):
 
 
 @every
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
 def test_decodes_to_what_it_was_made_from(name, kind):
     bank, dense = bank_of(name, **kind)
     for expert in range(6):

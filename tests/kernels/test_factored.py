@@ -13,12 +13,13 @@ from moekit.kernels import _drive
 from moekit.kernels.factored import LatentProducts, LowRankProducts
 
 KINDS = [{}, {"bias": False}, {"activation": RELU}, {"dtype": torch.bfloat16}]
+NAMES = ["gated", "unbiased", "plain", "bfloat16"]
 GROUPS = [[0, 0, 0, 0, 0, 0], [0, 1, 0, 1, 2, 2], [0, 1, 2, 3, 4, 5]]
 whole = SimpleNamespace(
     forward=lambda products, *args: products.forward(*args), slots=lambda products, *args: products.slots(*args)
 )
 tokens = pytest.mark.parametrize("tokens", [0, 1, 4, 60])
-kinds = pytest.mark.parametrize("kind", KINDS, ids=str)
+kinds = pytest.mark.parametrize("kind", KINDS, ids=NAMES)
 
 
 def bound(kind) -> float:

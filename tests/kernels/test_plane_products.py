@@ -14,8 +14,9 @@ from moekit.kernels import _drive, planes
 from moekit.kernels.planes import NestedProducts, TernaryProducts
 
 KINDS = [{}, {"bias": False}, {"activation": RELU}, {"dtype": torch.bfloat16}]
+NAMES = ["gated", "unbiased", "plain", "bfloat16"]
 tokens = pytest.mark.parametrize("tokens", [0, 1, 4, 60])
-kinds = pytest.mark.parametrize("kind", KINDS, ids=str)
+kinds = pytest.mark.parametrize("kind", KINDS, ids=NAMES)
 
 
 @pytest.fixture(params=[False, True], ids=["portable", "compiled"])
