@@ -142,6 +142,7 @@ def test_does_not_hold_the_float_weights():
 def test_explained_as_integers():
     packed, _ = filled(make(), Flags())
     assert "integers (packed integers" in moekit.explain(packed)
+    assert "not fused: sizes of 12 and 8" in moekit.explain(packed)
     assert moekit.prepare(packed).shared == {"": "already stored as they run"}
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from . import fused, panels
+from ..formats import PackedBank
+from . import fused, integers, panels
 from ._layer import Layer
 from ._tiles import has_units
 from .bank_experts import BankExperts
-from .integers import jit
 from .plain import PlainProducts
 from .prepare import experts_modules, unfit
 
@@ -84,20 +84,25 @@ def _text(module: Any, tokens: int, training: bool) -> str:
     lines = [f"{chosen} ({_WHAT[chosen]})" if chosen else "nothing can run this"]
     if not isinstance(module, BankExperts) and implementation != "moekit":
         lines.append(f'  not in use: the model runs experts_implementation="{implementation}"; set it to "moekit"')
-    if chosen == "integers":
-        lines.append(
-            f"  {'compiled by Numba' if jit() else 'by torch operations: Numba would be faster, pip install numba'}"
-        )
-    if chosen == "plain":
-        lines += [
-            f"  {_plain_path(Layer.of_module(module), tokens, module)}",
-            _fused(fused.unfit(Layer.of_module(module))),
-        ]
-    if chosen in ("int8", "panels"):
-        compiled = isinstance(module.__dict__["_moekit_prepared"].products, fused.Fused)
-        lines.append(_fused(None if compiled else fused.lacking() or "sizes or CPU it is not compiled for: FBGEMM"))
+    lines += _how(chosen, module, tokens)
     lines += [f"  not {c.kernel}: {c.against}" for c in found if c.against is not None]
     return "\n".join(lines)
+
+
+def _how(chosen: str | None, module: Any, tokens: int) -> list[str]:
+    """How the chosen kernel is computed."""
+    if chosen == "integers":
+        bank = module.bank
+        if isinstance(bank, PackedBank):
+            return [_fused(integers.unfit(bank))]
+        return [f"  {'compiled by Numba' if integers.jit() else 'by torch: Numba would be faster, pip install numba'}"]
+    if chosen in ("int8", "panels"):
+        compiled = isinstance(module.__dict__["_moekit_prepared"].products, fused.Fused)
+        return [_fused(None if compiled else fused.lacking() or "sizes or a CPU it is not compiled for: FBGEMM")]
+    if chosen in ("plain", "function"):
+        layer = Layer.of_module(module)
+        return [f"  {_plain_path(layer, tokens, module)}", _fused(fused.unfit(layer))]
+    return []
 
 
 def _fused(against: str | None) -> str:
@@ -113,7 +118,7 @@ def _plain_path(layer: Layer, tokens: int, module: Any) -> str:
     slots = next((v for k in ("num_experts_per_tok", "moe_topk", "top_k") if (v := getattr(module.config, k, None))), 1)
     rows = tokens * slots / (layer.num_experts * (1 - (1 - slots / layer.num_experts) ** tokens)) if tokens else 0
     kind = str(layer.down.dtype).removeprefix("torch.")
-    how = PlainProducts(layer).path(max(1, round(rows)))
+    how = PlainProducts(layer).path(max(1, round(rows))) if fused.unfit(layer) else "weights read where they lie"
     units = (
         ""
         if layer.down.dtype.itemsize != 2 or layer.down.device.type != "cpu"
