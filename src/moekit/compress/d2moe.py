@@ -11,7 +11,7 @@ Differs: heads are fitted layer by layer to the sample, to choose the least squa
     capacity per width. Base and planes are in groups of 64 unless told otherwise; the order in which
     planes are loaded (HEBF) is not part of a checkpoint.
 Claim: as accurate as 8 bits at up to 53 % less memory and 1.39 times the throughput of EdgeMoE.
-Shown: not tried
+Shown: lab.experiments.d2moe
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class D2MoE(LayerPlanner):
     bits: int = 4
     base: int = 2
     group_size: int = 64
-    price: float = 0.005
+    price: float = 0.0005
     domains: tuple[str, ...] = ()
     needs: ClassVar[frozenset[str]] = NEEDS
 
