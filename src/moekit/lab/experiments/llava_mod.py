@@ -55,7 +55,8 @@ def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
         advance(done, len(seeds))
         found.append(trial.measure(seed))
     figures = summary(found)
-    setting = {**trial.ground.setting, "teacher": TEACHER, "steps": STEPS, "preference_steps": PAIR_STEPS}
+    sizes = {"test_bytes_per_domain": TEST_BYTES}
+    setting = {**trial.ground.setting, **sizes, "teacher": TEACHER, "steps": STEPS, "preference_steps": PAIR_STEPS}
     return Outcome(shown=holds(figures), figures=figures, setting=setting)
 
 
