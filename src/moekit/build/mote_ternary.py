@@ -10,7 +10,10 @@ Differs: the gate is the router of a stock family that has a shared expert witho
     dense one (a shared expert plus p copies), as in the paper. gamma 0.01 and the learning rate are our choice: the
     paper's full text was not at hand.
 Claim: as good as full-precision experts at 1.5B and 3B with 6.8 in place of 18.1 GB of experts; worse at 0.5B.
-Shown: lab.experiments.mote_ternary
+Shown: lab.experiments.mote_ternary. Adapting to a new domain in 60 steps: 2.60 bits per byte against 2.73 for experts
+    rounded afterwards, 2.58 against 2.64 at equal bytes, behind full-precision experts in its place (2.56). Not on text
+    the model had already seen (first run: nothing was learnt). Ternary experts had three times the rate of the others,
+    which was not tuned: part of the lead at equal bytes may be the rate's.
 """
 
 from __future__ import annotations
