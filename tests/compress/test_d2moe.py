@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,12 +19,12 @@ from moekit.compress._heads import fit_widths, mean_width
 from moekit.compress._sample import Sample, moe_output
 from moekit.compress.d2moe import planes
 from moekit.contract import Routing
-from moekit.errors import OptionError
+from moekit.errors import OptionError, PlanError
 from moekit.formats import DenseBank, PackedBank
 from moekit.kernels import BankExperts
 from moekit.measure import compare
 from moekit.plan import LiveLoss, values
-from moekit.plan.rewriting import rewrite_of
+from moekit.plan.rewriting import attach, rewrite_of
 from moekit.profile import profile as observe
 from moekit.stream import LoadedModel
 
@@ -142,3 +143,12 @@ def test_a_head_on_other_experts_is_refused(model, profile) -> None:
 def test_impossible_options_are_refused(spec: str, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         method(spec)
+
+
+def test_a_block_that_normalises_each_expert_is_not_measured_live() -> None:
+    block = SimpleNamespace(num_experts=4, name="layer", experts=SimpleNamespace(has_post_expert_norm=True))
+    sample, bank = made()
+    nested, _ = planes(sample, bank, 4, 2, 6)
+    head, _ = fit_widths(sample, bank, nested, 0.01)
+    with pytest.raises(PlanError, match="layer normalises what its experts return: apply the plan to measure it"):
+        attach(head, block, None, nested)  # type: ignore[arg-type]

@@ -25,9 +25,13 @@ Routed = tuple[Tensor, Tensor, Tensor]
 
 
 class Rewrite(nn.Module, ABC):
-    """``KIND`` names it in descriptions; parameters are named as on disk under ``experts.rewrite``."""
+    """``KIND`` names it in descriptions; parameters are named as on disk under ``experts.rewrite``.
+
+    ``EXPANDS`` says whether rewritten ids name more than the layer's own experts (:meth:`runs`).
+    """
 
     KIND: ClassVar[str]
+    EXPANDS: ClassVar[bool] = False
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -236,6 +240,7 @@ class BitWidths(Rewrite):
     """
 
     KIND = "bit-widths"
+    EXPANDS = True
 
     def __init__(self, widths: Sequence[int], weight_EWH: Tensor, bias_EW: Tensor) -> None:
         super().__init__()

@@ -128,8 +128,9 @@ class LiveLoss:
         if len(live) < block.num_experts:
             changes.append(block.mask(sorted(live)).attach())
         if (rewrite := rewrite_of(plan, block.hidden_size)) is not None:
-            activation = self._source.bank(block.name).activation
-            bank = None if plan.values is None else plan.values.bank(activation=activation)
+            bank = None
+            if rewrite.EXPANDS and plan.values is not None:
+                bank = plan.values.bank(activation=self._source.bank(block.name).activation)
             changes.append(attach(rewrite, block, [row[0][0] for row in plan.rows], bank))
         self._changes[block.name] = changes
 

@@ -34,7 +34,7 @@ def attach(
     """Let a block's experts see the rewritten routing, until the handle's ``remove()``; gradients pass through.
 
     ``rows[r]`` is the block's router row that is row r to the rewrite; None if they are the same. ``bank`` holds the
-    stored experts, for rewrites that choose among more than the block's own (:meth:`Rewrite.runs`): it then runs in
+    stored experts, for rewrites that choose among more than the block's own (``EXPANDS``): it then runs in
     their place, without gradients.
 
     Raises:
@@ -55,12 +55,11 @@ def attach(
         x, index, weight = routed(arguments)
         return x, back.to(index.device)[index], weight.masked_fill(index < 0, 0.0)
 
-    named = None if bank is None else rewrite.runs(bank)
-    if named is None or named is bank:
+    if bank is None or not rewrite.EXPANDS:
         return block.experts.register_forward_pre_hook(before)
     if getattr(block.experts, "has_post_expert_norm", False):
         raise PlanError(f"{block.name} normalises what its experts return: apply the plan to measure it")
-    products = products_of(named)
+    products = products_of(rewrite.runs(bank))
 
     def instead(_: Any, arguments: tuple[Tensor, ...], __: Any) -> Tensor:
         return forward(products, *routed(arguments))

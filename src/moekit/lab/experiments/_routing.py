@@ -68,9 +68,9 @@ class Judge:
 
 
 class _Tried(Rewrite):
-    """A rewrite of an experiment: never stored."""
+    """A rewrite of an experiment: never stored. Where a bank is given it runs in the place of the block's own."""
 
-    KIND = "tried"
+    KIND, EXPANDS = "tried", True
 
     def describe(self) -> dict[str, Any]:
         raise NotImplementedError
