@@ -66,3 +66,19 @@ def test_vectors_learn_with_the_model() -> None:
 def test_what_is_refused(spec: str, message: str, model, profile) -> None:
     with pytest.raises(OptionError, match=message):
         method(spec).plan(profile, model)
+
+
+@pytest.mark.parametrize("kernel", ["grouped_mm", "batched_mm"])
+def test_slots_that_do_not_run_add_nothing_in_any_stock_kernel(kernel: str) -> None:
+    built, inputs = families.build("qwen3_moe")
+    found, slopes = [], []
+    for name in ("eager", kernel):
+        built.set_experts_implementation(name)
+        built.zero_grad()
+        with attached(built, {b.name: TopSlots(1) for b in blocks(built)}):
+            logits = built(**inputs).logits
+            logits.square().mean().backward()
+        found.append(logits.detach())
+        slopes.append(built.get_input_embeddings().weight.grad.clone())
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(slopes[1], slopes[0], atol=1e-5, rtol=1e-3)

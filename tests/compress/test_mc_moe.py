@@ -142,3 +142,9 @@ def test_what_is_refused(spec: str, message: str) -> None:
 def test_too_few_bits_for_a_layer(model, profile) -> None:
     with pytest.raises(OptionError, match=r"leaves 8 experts 9 bits, .* has three and one two: give 1\.375 or more"):
         method("mc-moe:bits=1.2").plan(profile, model)
+
+
+def test_importance_is_the_product_of_both_shares_with_their_exponents(profile) -> None:
+    layer = profile.layers[NAME]
+    phi, w = (layer.total(name) / layer.total(name).sum() for name in ("counts", "selected_probability"))
+    np.testing.assert_allclose(importance(layer, (1.0, 1.5)), phi * w**1.5)
