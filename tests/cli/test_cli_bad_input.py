@@ -65,7 +65,7 @@ def test_an_index_that_names_absent_tensors(refused, sharded):
 @pytest.mark.parametrize(
     ("part", "words"),
     [
-        ("mlp.experts.3.down_proj.weight", ["model.layers.1.mlp", "down", "expert 3"]),
+        ("mlp.experts.3.down_proj.weight", ["model.layers.1.mlp.experts.3.down_proj.weight"]),
         ("self_attn.q_proj.weight", ["model.layers.1.self_attn.q_proj.weight"]),
     ],
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ from moekit.plan.recombine import stored
 from moekit.plan.reload import reload_problem
 
 
-def reload_here(folder: Path, *, with_moekit: bool) -> dict[str, Any]:
+def reload_here(folder: Path, *, with_moekit: bool, excused: Collection[str] = ()) -> dict[str, Any]:
     """As ``reload_in_fresh_process`` without paying for a new process; one test takes the real one."""
     found = reload_check.check(str(folder))
-    problem = reload_problem(found)
+    problem = reload_problem(found, excused)
     assert problem is None, problem
     return {"how": "loaded in this process", "imports": ["moekit"] if with_moekit else [], **found}
 

@@ -263,7 +263,7 @@ def test_where_a_whole_load_does_not_fit_names_and_shapes_are_tried(
 
 
 def test_an_output_that_does_not_load_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(folder: Path, *, with_moekit: bool) -> dict[str, object]:
+    def broken(folder: Path, *, with_moekit: bool, excused: object = ()) -> dict[str, object]:
         raise OutputError(f"{folder} is not published: stock transformers loads it with missing key x")
 
     checkpoint = source(tmp_path)

@@ -190,11 +190,18 @@ class _Run:
             return self._unreadable(dry)
         need = dry["parameters"] * dry.pop("itemsize") + _PYTHON_BYTES
         room = self.cap.limit if self.cap.limit is not None else memory.free_memory()
+        excused = self._said_of_the_source() if problems(dry) else frozenset()
         if need < room:
-            return reload_in_fresh_process(folder, with_moekit=self.production.target.format == "moekit")
-        if found := problems(dry):
+            own = self.production.target.format == "moekit"
+            return reload_in_fresh_process(folder, with_moekit=own, excused=excused)
+        if found := [one for one in problems(dry) if one not in excused]:
             raise OutputError(f"{folder} is not published: stock transformers would load it with {found[0]}")
         return dry
+
+    def _said_of_the_source(self) -> frozenset[str]:
+        """What stock transformers finds wrong with the source: weights it has no place for stay without one."""
+        infos = self.checkpoint.tensors.items()
+        return frozenset(problems(dry_load(self.checkpoint.path, {n: (info.dtype, info.shape) for n, info in infos})))
 
     def _unreadable(self, dry: dict[str, Any]) -> dict[str, Any]:
         """A layout that transformers cannot read here: excused only if it cannot read the source either."""

@@ -152,19 +152,29 @@ class Spool:
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
 
+    def forget_notes(self) -> None:
+        """Remove notes on layers that hold no computed values: they are cheap to plan again."""
+        notes = {path.stem for path in self.folder.glob("*.json")}
+        held = [path for path in self.folder.glob("*.safetensors") if path.stem not in notes]
+        there = {path.suffix for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        if not held and there <= _NOTES:
+            self.tidy()
 
+
+_NOTES = {".json", ".safetensors"}
 _SPOOL: ContextVar[Spool | None] = ContextVar("moekit_spool", default=None)
 
 
 @contextmanager
 def spooling(folder: str | os.PathLike[str]) -> Iterator[Spool]:
-    """Values computed inside go to ``folder``."""
+    """Values computed inside go to ``folder``, and stay there until :meth:`Spool.tidy`."""
     spool = Spool(Path(folder))
     token = _SPOOL.set(spool)
     try:
         yield spool
     finally:
         _SPOOL.reset(token)
+        spool.forget_notes()
 
 
 def spool() -> Spool | None:
