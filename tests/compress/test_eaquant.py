@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -24,8 +25,10 @@ from moekit.compress._smoothing import input_scales, linear_in_up, scaled_inputs
 from moekit.contract import Routing
 from moekit.errors import OptionError, PlanError
 from moekit.formats import DenseBank
-from moekit.plan import LayerPlan, Plan, apply, make_plan, values
+from moekit.plan import LayerPlan, LiveLoss, Plan, apply, make_plan, values
+from moekit.plan.live_streamed import StreamedLoss
 from moekit.profile import profile
+from moekit.stream import LoadedModel, StreamedModel
 from plan.applying import logits, reload_here
 
 STATISTICS = ("hidden", "sample_expert", "sample_weight", "sample_domain")
@@ -133,9 +136,24 @@ def test_at_8_bits_the_model_stays_what_it_was(tmp_path: Path, family: str) -> N
         assert "inputs smoothed by" in layer.why
         assert "router at 8 bits of" in layer.why
         assert layer.values is not None
-        assert receipt.tensors[layer.values.edits[0]]["became"] == "replaced"
+        assert {receipt.tensors[name]["became"] for name in layer.values.edits} == {"replaced"}
     before, after = logits(model, inputs), output_of(tmp_path / "out", family)
     assert (after - before).abs().mean() < 0.05 * before.std()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_it_is_measured_live_with_all_it_replaces(tmp_path: Path, streamed: bool) -> None:
+    checkpoint = source(tmp_path, "deepseek_v3")
+    rows = [np.arange(3, 60), np.arange(30, 87)]
+    if streamed:
+        live = StreamedLoss(StreamedModel(checkpoint, dtype=torch.float32), checkpoint, rows)
+    else:
+        live = LiveLoss(LoadedModel.load(checkpoint, dtype=torch.float32), checkpoint, rows)
+    whole = Plan(source=checkpoint.fingerprint, layers={})
+    forgetful = folded(checkpoint, lambda fold: replace(fold, readers=fold.readers[1:]))
+    assert live(folded(checkpoint)) < 1e-6
+    assert live(forgetful) > 1e-4
+    assert live(whole) < 1e-9
 
 
 def test_it_works_on_what_earlier_methods_leave(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -19,11 +20,15 @@ from moekit.blocks import Edit, MoEBlock, blocks
 from moekit.errors import PlanError
 from moekit.formats import DenseBank
 from moekit.plan.document import Plan
+from moekit.plan.edited import overwrite
 from moekit.plan.layer import LayerPlan
 from moekit.plan.planner import Source
 from moekit.plan.recombine import stored
 from moekit.plan.rewriting import attach, rewrite_of
 from moekit.stream import Runner
+
+if TYPE_CHECKING:
+    from moekit.checkpoint import Checkpoint
 
 KEPT_LOGITS = 100_000_000
 """Reference log-probabilities held in memory, at four bytes each; positions are thinned to fit."""
@@ -117,6 +122,7 @@ class LiveLoss:
 
     def _set(self, block: MoEBlock, plan: LayerPlan) -> None:
         self._mask(block, plan)
+        overwrite(self._runner.model, cast("Checkpoint", self._source), self._now.get(block.name), plan)
         block.put(simulated(self._source.bank(block.name), plan))
 
     def _mask(self, block: MoEBlock, plan: LayerPlan) -> None:

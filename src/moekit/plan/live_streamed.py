@@ -17,6 +17,7 @@ from moekit.blocks import MoEBlock, blocks
 from moekit.checkpoint.quantizer import METHOD
 from moekit.errors import BudgetError
 from moekit.formats import DenseBank
+from moekit.plan.edited import overwrite
 from moekit.plan.layer import LayerPlan
 from moekit.plan.live import KEPT_LOGITS, TOKENS, LiveLoss, batches, live_rows, some
 from moekit.plan.recombine import stored
@@ -114,6 +115,7 @@ class StreamedLoss(LiveLoss):
             plan = self._now.get(name)
             if name.startswith(f"{path}.") and plan is not None and not plan.untouched:
                 rewrite(block, self._checkpoint, plan)
+                overwrite(self._runner.model, self._checkpoint, None, plan)
 
 
 @torch.no_grad()

@@ -172,7 +172,8 @@ class _Builder:
                 else:
                     self.fates[name] = Fate("dropped", (), "the plan drops its expert")
         for name in around:
-            self.fates[name] = Fate("kept" if _same_rows(target) else "rows chosen", (name,))
+            kept = "replaced" if name in self.edits else "kept"
+            self.fates[name] = Fate(kept if _same_rows(target) else "rows chosen", (name,))
 
     def _copy_others(self) -> None:
         for plain, stored in self.checkpoint.stored.items():
