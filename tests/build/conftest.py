@@ -17,7 +17,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _reload_here(monkeypatch):
-    def reload(folder, *, with_moekit):
+    def reload(folder, *, with_moekit, excused=()):
         return {"how": "loaded in this process", **reload_check.check(str(folder))}
 
     for module in ("moekit.plan.apply", "moekit.build._write"):

@@ -13,7 +13,7 @@ from moekit.plan import reload_check
 def _reload_here(monkeypatch):
     """Outputs are loaded again in this process; that a new one loads them too is tested in tests/plan."""
 
-    def reload(folder, *, with_moekit):
+    def reload(folder, *, with_moekit, excused=()):
         return {"how": "loaded in this process", **reload_check.check(str(folder))}
 
     # By module: `moekit.plan.apply` as an attribute is the function of that name.
