@@ -181,10 +181,15 @@ def make_plan(
     plan = Plan(source=source.fingerprint, layers={})
     for planner in planners:
         seen: Source = PlannedSource(source, plan) if plan.layers else source
-        plan = plan.then(planner.plan(profile and profile.recombined(plan), seen, evaluate))
+        plan = plan.then(planner.plan(profile and profile.recombined(plan), seen, _after(plan, evaluate)))
     if profile is not None and any(planner.needs for planner in planners):
         return replace(plan, profile=profile.fingerprint)
     return plan
+
+
+def _after(done: Plan, evaluate: Evaluate | None) -> Evaluate | None:
+    """The loss of what is planned on top of ``done``."""
+    return None if evaluate is None else lambda later: evaluate(done.then(later))
 
 
 def _shown(value: Any) -> str:
