@@ -48,7 +48,7 @@ def test_builders_do_not_import_each_other():
         ("llava-mod:experts=four", "experts=four is not a whole number"),
         ("llava-mod:lm=much", "lm=much is not a number"),
         ("llava-mod:preference=ppo", "preference=ppo is not dpo or kto_pair"),
-        ("mote-ternary:ternary=maybe", "ternary=maybe is not false or true"),
+        ("mote-ternary:ternary=maybe", "ternary=maybe is not true or false"),
     ],
 )
 def test_specifications_that_are_wrong(spec, message):
