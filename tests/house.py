@@ -11,6 +11,8 @@ FLOORS = {
     "systems": 8,
     "build": 6,
     "compress": 6,
+    "parallel": 6,
+    "run": 6,
     "plan": 5,
     "train": 5,
     "measure": 4,

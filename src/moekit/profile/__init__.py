@@ -8,6 +8,7 @@ from moekit.profile.schema import DEFAULT, FIELDS, PHASES
 from moekit.profile.self_sampling import self_sample, self_sampled_texts
 from moekit.profile.statistics import Statistic
 from moekit.profile.texts import read_texts
+from moekit.profile.trace import Request, RoutingTrace, TraceRecorder, record
 
 __all__ = [
     "DEFAULT",
@@ -17,9 +18,13 @@ __all__ = [
     "Degeneracy",
     "LayerProfile",
     "Profile",
+    "Request",
+    "RoutingTrace",
     "Statistic",
+    "TraceRecorder",
     "profile",
     "read_texts",
+    "record",
     "self_sample",
     "self_sampled_texts",
 ]
