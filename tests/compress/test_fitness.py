@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,11 +11,11 @@ import torch
 from moekit import lab
 from moekit.checkpoint import Checkpoint
 from moekit.compress import method
-from moekit.compress._fitness import TaskError, read_examples
-from moekit.errors import TextError
+from moekit.compress._fitness import TaskError, read_examples, task_error
+from moekit.errors import OptionError, TextError
 from moekit.measure import exact_match
 from moekit.plan import Plan
-from moekit.stream import LoadedModel
+from moekit.stream import LoadedModel, StreamedModel
 
 
 def test_errors_under_a_plan_and_the_model_as_it_was() -> None:
@@ -28,6 +29,26 @@ def test_errors_under_a_plan_and_the_model_as_it_was() -> None:
     assert error(Plan(source=source.fingerprint, layers={})) == 1.0 - right
     assert error(method("random:keep=4").plan(None, source)) == 1.0
     assert torch.equal(next(iter(runner.forward([{"input_ids": torch.arange(30)[None]}]))), before)
+
+
+def test_a_streamed_model_makes_the_same_errors() -> None:
+    source = Checkpoint.open("moekit:mini")
+    examples = lab.examples("sorting", "calibration", 12, 0)
+    plans = [Plan(source=source.fingerprint, layers={}), method("random:keep=12").plan(None, source)]
+    loaded, streamed = (
+        TaskError(runner, source, source.tokenizer(), examples)
+        for runner in (LoadedModel.load(source, dtype=torch.float32), StreamedModel(source, dtype=torch.float32))
+    )
+    found = [loaded(plan) for plan in plans]
+    assert found[0] < found[1]
+    assert [streamed(plan) for plan in plans] == found
+    assert (loaded.reads_disk, streamed.reads_disk) == (False, True)
+
+
+def test_packed_experts_cannot_be_tried_on() -> None:
+    packed = SimpleNamespace(path="out", scheme=SimpleNamespace(config={"quant_method": "moekit"}))
+    with pytest.raises(OptionError, match="out has packed experts, which no plan can be tried on: search on its sour"):
+        task_error(packed, [("1+1=", "2")])  # type: ignore[arg-type]
 
 
 def test_a_file_of_examples(tmp_path) -> None:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from moekit.compress._search import Journal, Search, in_turn, telling
+from moekit.compress._search import Journal, Search, in_turn, searching
 from moekit.errors import OutputError, PlanError
 from moekit.plan import LayerPlan, Plan, ranks
 from moekit.plan.values import spooling
@@ -62,7 +62,7 @@ def test_what_was_measured_is_drawn_again_and_never_measured_twice() -> None:
 
 def test_progress_is_told() -> None:
     told: list[tuple[int, int]] = []
-    with telling(lambda done, total: told.append((done, total))):
+    with searching(lambda done, total: told.append((done, total))):
         found = search(Meter(), total=2)
     for expert in (1, 2):
         found.try_new(lambda expert=expert: expert)

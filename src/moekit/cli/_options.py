@@ -54,6 +54,12 @@ HeldOut = Annotated[
     list[str],
     typer.Option("--held-out", metavar="[DOMAIN=]FILE", help="Text to measure the result on, not to choose by."),
 ]
+Task = Annotated[
+    Path | None,
+    typer.Option(
+        "--task", metavar="FILE", help="JSONL of prompt, answer: what methods search by that count wrong answers."
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,46 +84,32 @@ class Planned:
     aside: Any
 
 
-def planned(checkpoint: "Checkpoint", name: str, methods: list[str], seen: Observed, machine: Machine) -> Planned:
-    """The plan of methods in sequence. The profile is read or made only where it is asked for."""
+def planned(
+    checkpoint: "Checkpoint",
+    name: str,
+    methods: list[str],
+    seen: Observed,
+    machine: Machine,
+    task: Path | None = None,
+) -> Planned:
+    """The plan of methods in sequence; those that search do so with a bar. The profile is read or made only where it
+    is asked for. ``task`` is what methods that count wrong answers count them on."""
     if not methods:
         raise OptionError("no method given: name one with --with, such as --with reap:keep=0.5")
-    from moekit.compress import sequence
+    from moekit.cli._choosing import Chooser, check_task
+    from moekit.compress import searching, sequence
     from moekit.plan import make_plan, split_held_out
 
     planners = sequence(methods)
+    examples = check_task(planners, task)
     needs = frozenset().union(*(planner.needs for planner in planners))
     profile = observed(checkpoint, name, seen, machine, needs) if seen.profile or seen.text or needs else None
-    judge = Chooser(checkpoint, profile, machine)
-    plan = make_plan(planners, checkpoint, profile, judge)
+    judge = Chooser(checkpoint, profile, machine, examples)
+    with _show.progress(f"search on {name}") as advance, searching(advance):
+        plan = make_plan(planners, checkpoint, profile, judge)
     if profile is None:
         return Planned(plan, None, None)
-    return Planned(plan, profile, split_held_out(profile.held_out)[1] if judge.used else profile.held_out)
-
-
-class Chooser:
-    """The loss by which methods that search choose: on half of the text a profile kept aside. Made when first asked."""
-
-    def __init__(self, checkpoint: "Checkpoint", profile: "Profile | None", machine: Machine) -> None:
-        self._checkpoint, self._profile, self._machine = checkpoint, profile, machine
-        self._loss: Any = None
-
-    @property
-    def used(self) -> bool:
-        """Whether anything was chosen by it."""
-        return self._loss is not None
-
-    def __call__(self, plan: "Plan") -> float:
-        from moekit.plan import live_loss, split_held_out
-
-        if self._profile is None:
-            raise OptionError("this method searches by a loss, which needs text: give --text FILE or --profile FILE")
-        if self._loss is None:
-            choose, _ = split_held_out(self._profile.held_out)
-            self._loss = live_loss(self._checkpoint, choose, **asdict(self._machine))
-        if self._loss is None:
-            raise OptionError("this method searches by a loss, but the profile kept no text aside: profile more text")
-        return self._loss(plan)
+    return Planned(plan, profile, split_held_out(profile.held_out)[1] if judge.read else profile.held_out)
 
 
 def carried_out(

@@ -2,7 +2,7 @@
 
 from moekit.cli import _receipt
 from moekit.cli._groups import grouped
-from moekit.cli._options import HeldOut, Json, Machine, Model, Observed, OutputDir, With, Written
+from moekit.cli._options import HeldOut, Json, Machine, Model, Observed, OutputDir, Task, With, Written
 from moekit.cli._work import beside, carried_out, check_output, held_out, leads, planned
 
 
@@ -13,6 +13,7 @@ def compress(
     *,
     methods: With = [],  # noqa: B006
     seen: Observed,
+    task: Task = None,
     aside: HeldOut = [],  # noqa: B006
     written: Written,
     machine: Machine,
@@ -24,6 +25,7 @@ def compress(
     Examples:
       moekit compress moekit:mini --with easy-ep:keep=0.5 --with rtn:bits=8 --text notes.txt --output out/small
       moekit compress ./model --with reap:keep=0.75 --profile m.profile --output out/m75 --max-ram 4GB
+      moekit compress ./model --with eep:fitness=error --task task.jsonl --held-out notes.txt --output out/pruned
     """
     check_output(output, written.overwrite)
     from moekit.checkpoint import Checkpoint
@@ -33,7 +35,7 @@ def compress(
     from moekit.plan import values
 
     with values.spooling(beside(output)) as spool:
-        made = planned(checkpoint, model, methods, seen, machine)
+        made = planned(checkpoint, model, methods, seen, machine, task)
         if not leads():
             return
         text = checked or made.aside

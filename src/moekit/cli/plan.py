@@ -7,7 +7,7 @@ import typer
 
 from moekit.cli import _show
 from moekit.cli._groups import grouped
-from moekit.cli._options import Json, Machine, Model, Observed, Overwrite, With
+from moekit.cli._options import Json, Machine, Model, Observed, Overwrite, Task, With
 from moekit.cli._work import leads, planned
 from moekit.errors import OutputError
 
@@ -22,6 +22,7 @@ def plan(
     *,
     methods: With = [],  # noqa: B006
     seen: Observed,
+    task: Task = None,
     machine: Machine,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -42,7 +43,7 @@ def plan(
     from moekit.plan import values
 
     with values.spooling(values.folder_of(output)) as spool:
-        made = planned(checkpoint, model, methods, seen, machine).plan
+        made = planned(checkpoint, model, methods, seen, machine, task).plan
     if not leads():
         return
     made.save(output, overwrite=overwrite)

@@ -35,7 +35,7 @@ _PROGRESS: ContextVar[Progress | None] = ContextVar("moekit_search", default=Non
 
 
 @contextmanager
-def telling(progress: Progress) -> Iterator[None]:
+def searching(progress: Progress) -> Iterator[None]:
     """Searches inside tell ``progress`` how many plans are measured, and how many are to be."""
     token = _PROGRESS.set(progress)
     try:
