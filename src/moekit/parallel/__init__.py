@@ -1,0 +1,1 @@
+"""Experts on many devices, and training across slow links."""
