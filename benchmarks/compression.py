@@ -1,8 +1,9 @@
 """Every compression method and the baselines on the embedded model at equal bytes, per domain, with intervals.
 
-    python benchmarks/compression.py [--seeds 11,12,13] [--ratio 0.25,0.5,0.75] [--with METHOD ...]
+    python benchmarks/compression.py [--seeds 11,12,13] [--ratio 0.25,0.5,0.75] [--with METHOD ...] [--again METHOD ...]
 
-Writes ``docs/compression.md`` and ``docs/compression.png`` and ``benchmarks/compression.json``.
+Writes ``docs/compression.md`` and ``docs/compression.png`` and ``benchmarks/compression.json``, which holds every point
+as soon as it is measured: a run that was broken off goes on where it was, and ``--again`` measures a method anew.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import json
 import os
 import platform
 import sys
-import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,11 +23,13 @@ import transformers
 
 from moekit.cli import _pareto
 from moekit.compress import Comparison, compare, methods
+from moekit.compress._compare import Entry
 from moekit.lab.experiments._trial import Trial
 
 HERE = Path(__file__).parent
+POINTS = HERE / "compression.json"
 DOCS = HERE.parent / "docs"
-CHAINS = ("reap/rtn:bits=8", "reap/rtn:bits=4", "reap/gptq:bits=4", "fit")
+CHAINS = ("super-experts:planner=reap", "reap/rtn:bits=8", "reap/rtn:bits=4", "reap/gptq:bits=4", "fit")
 
 _HEAD = """# Every method at equal bytes
 
@@ -45,19 +49,39 @@ def main() -> None:
     parser.add_argument("--seeds", default="11,12,13")
     parser.add_argument("--ratio", default="0.25,0.5,0.75")
     parser.add_argument("--with", dest="methods", action="append", help="instead of all methods")
+    parser.add_argument("--again", action="append", default=[], help="a method whose points are measured anew")
     args = parser.parse_args()
     trial = Trial()
     seeds, ratios = [int(s) for s in args.seeds.split(",")], [float(r) for r in args.ratio.split(",")]
-    started = time.monotonic()
+    points = Points(trial.source.fingerprint, args.again)
 
     def tell(done: int, total: int) -> None:
-        print(f"{done} of {total}, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+        print(f"{done} of {total}", file=sys.stderr, flush=True)
 
-    found = compare(trial, args.methods or [*methods(), *CHAINS], ratios, seeds, model="moekit:mini", progress=tell)
-    (HERE / "compression.json").write_text(json.dumps(found.to_json(), indent=1) + "\n")
+    wanted = args.methods or [*methods(), *CHAINS]
+    found = compare(
+        trial, wanted, ratios, seeds, model="moekit:mini", known=points.entries, keep=points.keep, progress=tell
+    )
     _pareto.png(found, DOCS / "compression.png")
-    minutes = (time.monotonic() - started) / 60
+    minutes = sum(entry.seconds for entry in points.entries) / 60
     (DOCS / "compression.md").write_text(document(found, minutes, " ".join(["python", *sys.argv])))
+
+
+class Points:
+    """The points of the file, of this model; new ones are written at once."""
+
+    def __init__(self, fingerprint: str, again: Sequence[str]) -> None:
+        held = json.loads(POINTS.read_text()) if POINTS.exists() else {}
+        same = held.get("fingerprint") == fingerprint
+        found = [Entry(**entry) for entry in held["entries"]] if same else []
+        self.fingerprint, self.entries = fingerprint, [entry for entry in found if entry.method not in again]
+
+    def keep(self, entry: Entry) -> None:
+        self.entries.append(entry)
+        lines = ",\n  ".join(json.dumps(asdict(one)) for one in self.entries)
+        partial = POINTS.with_suffix(".partial")
+        partial.write_text(f'{{"fingerprint": "{self.fingerprint}", "entries": [\n  {lines}\n]}}\n')
+        partial.replace(POINTS)
 
 
 def document(found: Comparison, minutes: float, command: str) -> str:
@@ -66,7 +90,7 @@ def document(found: Comparison, minutes: float, command: str) -> str:
         _HEAD.format(
             command=command,
             date=datetime.date.today().isoformat(),
-            machine=f"{platform.machine()} with {os.cpu_count()} cores",
+            machine=f"{processor()}, {os.cpu_count()} cores",
             threads=torch.get_num_threads(),
             torch=torch.__version__,
             transformers=transformers.__version__,
@@ -91,6 +115,13 @@ def document(found: Comparison, minutes: float, command: str) -> str:
         if missing:
             parts.append(f"\nNo setting is that small: {', '.join(missing)}.")
     return "\n".join(parts) + "\n"
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from moekit import lab
 from moekit.checkpoint import Checkpoint
 from moekit.cli import _pareto
 from moekit.cli._app import app
-from moekit.compress import Arena, compare
-from moekit.compress._compare import contestants
+from moekit.compress import Arena, _compare, compare
+from moekit.compress._arena import evenly
+from moekit.compress._compare import Entry, contestants
 from moekit.errors import OptionError
 from moekit.plan import LiveLoss
 from moekit.profile import Profile, profile
@@ -67,6 +69,29 @@ def test_what_does_not_fit_is_said(arena: Arena) -> None:
     found = compare(arena, ["rtn:bits=8"], (0.9,), (1,))
     assert ("rtn:bits=8", 0.9) in found.left_out
     assert {"method": "rtn:bits=8", "ratio": 0.9} in found.to_json()["left_out"]
+
+
+def test_a_run_that_was_broken_off_goes_on(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Entry] = []
+    methods, ratios = ("rtn:bits=8", "rtn"), (0.25, 0.5)
+    monkeypatch.setattr(_compare, "BASELINES", ())
+    found = compare(arena, methods, ratios, (1,), keep=kept.append)
+    assert [entry.key for entry in kept] == [(name, ratio, 1) for ratio in ratios for name in methods]
+    assert [(entry.method, entry.ratio) for entry in kept if entry.setting is None] == [("rtn:bits=8", 0.5)]
+    some = [replace(entry, domains={"prose": 7.0}) for entry in kept[:1]] + kept[1:3]
+    monkeypatch.setattr(Arena, "within", lambda self, spec, seed, budget: made.append(spec) or None)
+    made: list[str] = []
+    again = compare(arena, methods, ratios, (1,), known=some)
+    assert made == ["rtn"]
+    assert again.left_out == (("rtn:bits=8", 0.5), ("rtn", 0.5))
+    assert again.entries == tuple(some[:2])
+    assert found.entries[1:2] == again.entries[1:]
+
+
+def test_those_that_choose_are_thinned_evenly() -> None:
+    sequences = [np.full(10, n) for n in range(8)]
+    assert [int(one[0]) for one in evenly(sequences, 20)] == [0, 4]
+    assert [int(one[0]) for one in evenly(sequences, 500)] == list(range(8))
 
 
 def test_pages_hold_every_method(arena: Arena, tmp_path) -> None:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 FIT = "fit"
 """The contestant that is not a method but the solver over all of them."""
+SEARCHED = 2048
+"""Tokens that a searching method measures each of its hundreds of plans on, taken evenly from those that choose."""
 
 
 class Texts(Protocol):
@@ -42,9 +44,11 @@ class Arena:
         self.source, self.runner = source, runner
         self.seen = cache(texts.profile)
         self._choosing, self._judging = texts.choosing, texts.judging
+        self._plans: dict[tuple[str, int], Plan] = {}
         self._losses: dict[tuple[str, int], dict[str, float]] = {}
         self._judges = cache(self._make_judges)
         self._chooser = cache(self._make_chooser)
+        self._searcher = cache(self._make_searcher)
 
     @property
     def whole_bytes(self) -> int:
@@ -57,7 +61,11 @@ class Arena:
 
     def plan(self, spec: str, seed: int) -> Plan:
         """The plan of ``A/B/...`` with these options, from the seed's profile."""
-        return make_plan(chain(spec), self.source, self.seen(seed), lambda plan: self.chosen_by(plan, seed))
+        if (spec, seed) not in self._plans:
+            self._plans[spec, seed] = make_plan(
+                chain(spec), self.source, self.seen(seed), lambda plan: self.chosen_by(plan, seed)
+            )
+        return self._plans[spec, seed]
 
     def within(self, spec: str, seed: int, nbytes: int) -> tuple[str, Plan] | None:
         """The largest setting of ``A/B/...`` that takes at most so many bytes; see :func:`moekit.compress.within`.
@@ -70,11 +78,11 @@ class Arena:
             found = fit(self.source, seen, size=nbytes, evaluate=self._chooser(seed), finish=finish)
             self._chooser(seed).restore()
             return found.describe().splitlines()[0], found.plan
-        return within(spec, self.source, self.seen(seed), nbytes, lambda plan: self.chosen_by(plan, seed))
+        return within(spec, self.source, self.seen(seed), nbytes, make=lambda turned: self.plan(turned, seed))
 
     def chosen_by(self, plan: Plan, seed: int) -> float:
         """A loss for methods that search: never on what judges."""
-        return _measured(self._chooser(seed), plan)
+        return _measured(self._searcher(seed), plan)
 
     def losses(self, plan: Plan, seed: int) -> dict[str, float]:
         """KL divergence from the source on each domain's judging text, in nats per token."""
@@ -90,9 +98,18 @@ class Arena:
     def _make_chooser(self, seed: int) -> LiveLoss:
         return LiveLoss(self.runner, self.source, self._choosing(seed))
 
+    def _make_searcher(self, seed: int) -> LiveLoss:
+        return LiveLoss(self.runner, self.source, evenly(self._choosing(seed), SEARCHED))
+
     def _make_judges(self, seed: int) -> dict[str, LiveLoss]:
         rows = self._judging(seed)
         return {domain: LiveLoss(self.runner, self.source, found) for domain, found in rows.items()}
+
+
+def evenly(sequences: Sequence[np.ndarray], tokens: int) -> list[np.ndarray]:
+    """Every n-th sequence, with n such that about so many tokens are left; all of them where there are no more."""
+    total = sum(map(len, sequences))
+    return list(sequences[:: max(1, round(total / tokens))])
 
 
 def _measured(judge: LiveLoss, plan: Plan) -> float:

@@ -96,6 +96,14 @@ class Eep(Method):
         why = f"the best of {self.evaluations} plans measured at {best.loss:.6g} (pruning alone {pruned:.6g})"
         return self.made(expressed(best.genome, spans, why), profile, source)
 
+    def draft(self, profile: Profile | None, source: Source) -> Plan:
+        """The first random draw: as large as whatever the search finds."""
+        spans = self._spans([site for site in sites_of(source) if not site.extra])
+        return self.made(expressed(self._draw(spans).subsets(), spans), profile, source)
+
+    def _draw(self, spans: Sequence[Sequence[Site]]) -> Draw:
+        return Draw(np.random.default_rng([44, abs(self.seed)]), [span[0] for span in spans], self.keep)
+
     def _search(
         self, spans: Sequence[Sequence[Site]], profile: Profile | None, source: Source, evaluate: Evaluate
     ) -> Search[Genome]:
@@ -107,7 +115,7 @@ class Eep(Method):
             total=self.evaluations,
             points=self.points,
         )
-        draw = Draw(np.random.default_rng([44, abs(self.seed)]), [span[0] for span in spans], self.keep)
+        draw = self._draw(spans)
         first, discrete = self.counts
         for number in range(self.evaluations):
             make = draw.subsets if number < first else draw.moved if number < discrete else draw.mixed
@@ -138,7 +146,7 @@ class Draw:
     def __init__(self, rng: np.random.Generator, sites: Sequence[Site], keep: float | int) -> None:
         self.rng, self.sites, self.keep = rng, sites, keep
 
-    def subsets(self, search: Search[Genome]) -> Genome:
+    def subsets(self, search: Search[Genome] | None = None) -> Genome:
         draws = [keep_best(self.rng.random(site.num_experts), self.keep, site, why="a draw") for site in self.sites]
         return tuple(Group(tuple(sorted(plan.sources))) for plan in draws)
 
