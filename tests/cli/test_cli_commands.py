@@ -137,6 +137,7 @@ def test_compress_equals_plan_and_apply(half, model, profile, tmp_path):
     code, out, err = call("compress", model, "--with", "reap:keep=0.5", "--profile", profile, "--output", output)
     assert (code, err) == (0, "")
     assert "KL divergence" in out
+    assert "without training afterwards: moekit recover OUTPUT --against tiny --text FILE --output NEW" in out
     files = {p.name: p.read_bytes() for p in half.glob("*.safetensors")}
     assert files == {p.name: p.read_bytes() for p in output.glob("*.safetensors")}
 

@@ -142,3 +142,18 @@ def test_the_receipt_is_json_that_people_can_read(checkpoint: Checkpoint, tmp_pa
     text = (tmp_path / "out" / "receipt.json").read_text()
     assert json.loads(text)["format"] == "moekit-receipt"
     assert max(map(len, text.splitlines())) < 1000
+
+
+def test_recovery_is_offered_and_not_counted(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    apply(checkpoint, plan_of(checkpoint, keep), tmp_path / "out", text=["some words to measure"])
+    receipt = Receipt.load(tmp_path / "out")
+    assert "without training afterwards: moekit recover OUTPUT --against source --text" in receipt.recovery
+    assert receipt.recovery in (tmp_path / "out" / "README.md").read_text()
+    old = json.loads(receipt.to_json())
+    del old["recovery"]
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    assert Receipt.load(tmp_path / "old.json").recovery == ""
+    del old["divergence"]
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    with pytest.raises(OutputError, match="is no receipt of version 1"):
+        Receipt.load(tmp_path / "old.json")

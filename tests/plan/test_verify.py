@@ -267,3 +267,14 @@ def test_text_measures_the_divergence_again(made: Path, tmp_path: Path) -> None:
 def test_a_cap_below_the_need_is_refused(made: Path) -> None:
     with pytest.raises(BudgetError, match=r"computing .* again needs .* the smallest cap that works is"):
         verify(made / "keep", made / "source", max_ram="50MB")
+
+
+def test_progress_covers_both_passes_over_the_text(made: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    verify(made / "keep", made / "source", text=["some words", "more"], progress=lambda *step: told.append(step))
+    parts = {part: [step[1:] for step in told if step[0] == part] for part, *_ in told}
+    assert list(parts) == ["computing again", "measuring"]
+    for steps in parts.values():
+        assert steps == sorted(steps)
+        assert steps[-1][0] == steps[-1][1] > 0
+    assert len(parts["measuring"]) == parts["measuring"][-1][1]  # one step of the source, one of the output, in turn

@@ -29,6 +29,8 @@ def show(receipt: "Receipt", output: Path) -> None:
     _show.table((str(output), ""), list(lines(receipt)))
     domains(receipt.divergence)
     _show.say("", f"wrote {output} with receipt.json, plan.json and README.md")
+    if receipt.recovery:
+        _show.say(receipt.recovery)
 
 
 def lines(receipt: "Receipt") -> list[tuple[str, str]]:

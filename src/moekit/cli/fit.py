@@ -91,8 +91,8 @@ def prove(output: Path, checkpoint: "Checkpoint", machine: Machine, plan: "Plan 
     """Compute every tensor of an output again and compare; how many. VerificationError where they differ."""
     from moekit.plan.verify import verify
 
-    with _show.progress(f"verify {output}") as advance:
-        report = verify(output, checkpoint, plan=plan, progress=advance, **asdict(machine))
+    with _show.parts(f"verify {output}") as tell:
+        report = verify(output, checkpoint, plan=plan, progress=tell, **asdict(machine))
     report.require()
     return report.tensors
 

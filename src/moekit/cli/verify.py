@@ -35,8 +35,8 @@ def verify(
     from moekit.plan.verify import verify as prove
 
     checkpoint = Checkpoint.open(against)
-    with _show.progress(f"verify {directory}") as advance:
-        report = prove(directory, checkpoint, text=held_out(text, checkpoint), **asdict(machine), progress=advance)
+    with _show.parts(f"verify {directory}") as tell:
+        report = prove(directory, checkpoint, text=held_out(text, checkpoint), **asdict(machine), progress=tell)
     if as_json:
         _show.emit({"ok": report.ok, **asdict(report)})
     else:

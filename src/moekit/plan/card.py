@@ -85,6 +85,8 @@ def _cost(receipt: Receipt) -> str:
         "",
         f"KL divergence {_interval(found, 'kl', '.5f')} nats per token, top-1 agreement "
         f"{_interval(found, 'agreement', '.2%')}; in brackets 95 % intervals.",
+        "",
+        receipt.recovery,
     ]
     return "\n".join([*lines, *_domains(found.get("domains", {}))])
 

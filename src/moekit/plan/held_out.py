@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 Piece = str | Sequence[int] | np.ndarray
 Text = Mapping[str, Iterable[Piece]] | Iterable[Piece]
 """Held-out text: documents, or token ids already cut, in one list or by domain."""
+
+Progress = Callable[[int, int], None]
 
 MAX_RECORDED_BYTES = 2_000_000_000
 """The source's logits take at most this much disk; text beyond it is not used, and the receipt says how much was."""
@@ -129,8 +132,8 @@ class Replay:
         self.text = text
         self._open = lambda: open_model(checkpoint, device=device, max_ram=max_ram)
 
-    def forward(self, batches: Sequence[dict[str, Tensor]]) -> Iterator[Tensor]:
-        return self._open().forward(batches)
+    def forward(self, batches: Sequence[dict[str, Tensor]], *, on_layer: Progress | None = None) -> Iterator[Tensor]:
+        return self._open().forward(batches, on_layer=on_layer)
 
 
 def needed_bytes(checkpoint: Checkpoint, text: Windows) -> int:
@@ -145,7 +148,7 @@ def record_source(
     *,
     device: str = "auto",
     max_ram: Cap | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Run the source over the text, unless an earlier run of this job did."""
     if not recording.complete:
@@ -159,17 +162,27 @@ def divergence(
     *,
     device: str = "auto",
     max_ram: Cap | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Divergence:
     """The output against the recorded source: KL, top-1 agreement, bits per byte of both. ``progress`` is told of
-    (done, total) layers, or batches where the output runs in memory."""
-    return compare(recording, _Told(open_model(output, device=device, max_ram=max_ram), progress), recording.text)
+    (done, total) layers, or batches where models run in memory; of both models where the source runs again."""
+    both = [0.0, 0.0]
+
+    def tell(side: int, share: int, done: int, total: int) -> None:
+        if progress is not None:
+            both[side] = done / total
+            progress(round(sum(both) * total), share * total)
+
+    result = open_model(output, device=device, max_ram=max_ram)
+    if not isinstance(recording, Replay):
+        return compare(recording, _Told(result, partial(tell, 1, 1)), recording.text)
+    return compare(_Told(recording, partial(tell, 0, 2)), _Told(result, partial(tell, 1, 2)), recording.text)
 
 
 class _Told:
     """A runner that says how far it is."""
 
-    def __init__(self, runner: Runner, progress: Callable[[int, int], None] | None) -> None:
+    def __init__(self, runner: Runner | Replay, progress: Progress) -> None:
         self.model, self._runner, self._progress = runner.model, runner, progress
 
     def forward(self, batches: Sequence[dict[str, Tensor]]) -> Iterator[Tensor]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 NAME = "receipt.json"
 FORMAT, VERSION = "moekit-receipt", 1
+RECOVERY = (
+    "These figures are without training afterwards: moekit recover OUTPUT --against {source} --text FILE --output NEW "
+    "distils back what was lost, and reports its own figures apart, in recovery.json."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,7 @@ class Receipt:
 
     ``layers``: by MoE layer, what became of each expert. ``tensors``: by source tensor, its fate. ``output``: by
     output tensor, dtype, shape, bytes and SHA-256. ``nbytes``: before and after, in all and of the routed experts.
+    ``recovery``: how to train back what was lost, which no figure here has part in.
     """
 
     source: Mapping[str, Any]
@@ -50,6 +55,7 @@ class Receipt:
     divergence: Mapping[str, Any] | None
     versions: Mapping[str, str]
     run: Mapping[str, Any]
+    recovery: str = ""
 
     def to_json(self) -> str:
         return dump({"format": FORMAT, "version": VERSION, **asdict(self)}, flat_from=3) + "\n"
@@ -63,7 +69,8 @@ class Receipt:
             found = json.loads(path.read_text(encoding="utf-8"))
             if found["format"] != FORMAT or found["version"] != VERSION:
                 raise KeyError
-            return cls(**{field.name: found[field.name] for field in fields(cls)})
+            told = [field.name for field in fields(cls) if field.default is MISSING or field.name in found]
+            return cls(**{name: found[name] for name in told})
         except OSError as error:
             raise OutputError(f"cannot read the receipt {path}: {error.strerror}") from None
         except (ValueError, KeyError, TypeError):
@@ -138,6 +145,7 @@ def accounts(
             for name, fate in sorted(production.fates.items())
         },
         "dropped": dict(target.dropped),
+        "recovery": RECOVERY.format(source=checkpoint.path.name),
         "output": {name: {**t._asdict(), "shape": list(t.shape)} for name, t in sorted(written.items())},
     }
 

@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +75,14 @@ def verify(
     plan: Plan | None = None,
     max_ram: int | float | str | None = None,
     device: str = "auto",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Report:
     """Compare ``output`` with what the source ``against`` and the plan produce.
 
     Args:
         text: held-out text on which the divergence is measured again.
         plan: the plan to hold the output to; the one that lies in the output if None.
+        progress: told (what, done, total): of the units computed again, of source and output on the text.
 
     Raises:
         OutputError: ``output`` is no folder. CheckpointError: the source cannot be read. BudgetError: the cap is too
@@ -90,21 +92,22 @@ def verify(
     if not folder.is_dir():
         raise OutputError(f"{folder} is no folder; name the output of apply or compress")
     source = against if isinstance(against, Checkpoint) else Checkpoint.open(against)
-    cap = memory.cap(max_ram)
+    cap, tell = memory.cap(max_ram), progress or (lambda what, done, total: None)
     check = _Check(folder, source)
     production = check.prepare(plan)
     if production is not None:
         largest = max(production.units, key=lambda unit: unit.working_bytes)
         cap.require(largest.working_bytes, f"computing {largest.name} again")
         check.config(production)
-        check.tensors(production, progress)
+        check.tensors(production, partial(tell, "computing again"))
         check.likeness(production)
         check.companions()
         check.receipt(production)
     divergence = None
     if text is not None and not check.problems:
         recording = held_out.Replay(source, held_out.cut(source, text), device=device, max_ram=cap)
-        found = held_out.divergence(Checkpoint.open(folder), recording, device=device, max_ram=cap)
+        measuring = partial(tell, "measuring")
+        found = held_out.divergence(Checkpoint.open(folder), recording, device=device, max_ram=cap, progress=measuring)
         divergence = {**found.as_dict(), "text": held_out.fingerprint(recording.text)}
     return Report(
         output=str(folder),
@@ -145,7 +148,7 @@ class _Check:
         for where, a, b in _differences(expected, found, ""):
             self.problems.append(f"config.json: {where} is {_short(b)}, expected {_short(a)}")
 
-    def tensors(self, production: Production, progress: Callable[[int, int], None] | None) -> None:
+    def tensors(self, production: Production, progress: Callable[[int, int], None]) -> None:
         """Every tensor and every file that could hold one."""
         found = self._headers()
         expected = production.tensors
@@ -159,8 +162,7 @@ class _Check:
             for name, lazy in sorted(unit.tensors.items()):
                 if name in found:
                     self._compare(name, lazy, found[name], reader, absent=name in production.absent)
-            if progress is not None:
-                progress(done + 1, len(production.units))
+            progress(done + 1, len(production.units))
 
     def _headers(self) -> dict[str, TensorInfo]:
         found: dict[str, TensorInfo] = {}
