@@ -6,13 +6,14 @@ size, G = 2I if gated else I.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..bank import Activation
+from ._arrivals import Arrivals
 from ._plan import Plan
 
 FEW_ROWS = 12
@@ -49,22 +50,29 @@ class Products(Protocol):
 class Whole(Protocol):
     """Products that take all tokens of a batch at once; see :func:`forward` and :func:`slots`."""
 
-    def forward(self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor: ...
+    def forward(
+        self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, *, arrivals: Arrivals | None = None
+    ) -> Tensor: ...
 
     def slots(self, x_TH: Tensor, index_TK: Tensor) -> Tensor: ...
 
 
-def forward(products: Products, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-    """[T, H] in the dtype of ``x_TH``; sums are kept in the products' dtype, in a fixed order."""
+def forward(
+    products: Products, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, *, arrivals: Arrivals | None = None
+) -> Tensor:
+    """[T, H] in the dtype of ``x_TH``; sums are kept in the products' dtype, in a fixed order.
+
+    With ``arrivals`` an expert's weights are read only once it has been asked for; the result is the same.
+    """
     if (fused := _fused(products, x_TH)) is not None:
-        return fused.forward(x_TH, index_TK, weight_TK)
+        return fused.forward(x_TH, index_TK, weight_TK, arrivals=arrivals)
     plan = Plan.of(index_TK, products.num_experts)
     x = x_TH.to(products.dtype(x_TH))
     if plan.pair.numel() * x.shape[1] <= SMALL:
-        return plan.combine(_all_rows(products, x, plan), weight_TK).to(x_TH.dtype)
+        return plan.combine(_all_rows(products, x, plan, arrivals), weight_TK).to(x_TH.dtype)
     weight = plan.weights(weight_TK, x.dtype)
     out = torch.zeros_like(x)
-    for chunk in plan.chunks(FEW_ROWS):
+    for chunk in _chunks(plan, arrivals):
         start, stop = chunk[0][1], chunk[-1][2]
         rows = _rows(products, x, plan, chunk)
         out.index_add_(0, plan.token[start:stop], rows.mul_(weight[start:stop]))
@@ -85,9 +93,20 @@ def _fused(products: Products, x_TH: Tensor) -> Whole | None:
     return None if products.dtype(x_TH) == torch.float64 else getattr(products, "fused", None)
 
 
-def _all_rows(products: Products, x_TH: Tensor, plan: Plan) -> Tensor:
+def _chunks(plan: Plan, arrivals: Arrivals | None) -> Iterator[list[tuple[int, int, int]]]:
+    """The plan's chunks, of as many experts as can be there at once; each is yielded when they are."""
+    for chunk in plan.chunks(FEW_ROWS):
+        most = len(chunk) if arrivals is None else arrivals.most
+        for start in range(0, len(chunk), most):
+            part = chunk[start : start + most]
+            if arrivals is not None:
+                arrivals([expert for expert, _, _ in part])
+            yield part
+
+
+def _all_rows(products: Products, x_TH: Tensor, plan: Plan, arrivals: Arrivals | None = None) -> Tensor:
     """Outputs [S, H] of all pairs, in the order of the plan."""
-    parts = [_rows(products, x_TH, plan, chunk) for chunk in plan.chunks(FEW_ROWS)]
+    parts = [_rows(products, x_TH, plan, chunk) for chunk in _chunks(plan, arrivals)]
     if len(parts) == 1:
         return parts[0]
     return torch.cat(parts) if parts else x_TH.new_zeros(0, x_TH.shape[1])

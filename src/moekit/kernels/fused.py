@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..bank import SILU_MUL, Activation
+from ._arrivals import Arrivals, windows
 from ._layer import Layer
 from ._team import together
 
@@ -179,14 +180,21 @@ class Fused:
     ) -> None:
         self.up, self.down, self.activation, self.finish = up, down, activation, finish
 
-    def forward(self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, kept: list[Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        x_TH: Tensor,
+        index_TK: Tensor,
+        weight_TK: Tensor,
+        kept: list[Tensor] | None = None,
+        arrivals: Arrivals | None = None,
+    ) -> Tensor:
         """[T, H] in the dtype of ``x_TH``; sums are float32, in the order of the experts.
 
         ``kept`` takes the pre-activations [.., G] of the sorted pairs, part after part.
         """
         out = torch.zeros(x_TH.shape)
         weight = weight_TK.detach().to(torch.float32).contiguous()
-        for pairs, y in self._windows(x_TH, index_TK, kept):
+        for pairs, y in self._windows(x_TH, index_TK, kept, arrivals):
             combine(out, y, weight, pairs)
         return out.to(x_TH.dtype)
 
@@ -198,16 +206,15 @@ class Fused:
         return out.view(*index_TK.shape, x_TH.shape[1])
 
     def _windows(
-        self, x_TH: Tensor, index_TK: Tensor, kept: list[Tensor] | None = None
+        self, x_TH: Tensor, index_TK: Tensor, kept: list[Tensor] | None = None, arrivals: Arrivals | None = None
     ) -> Iterator[tuple[np.ndarray, Tensor]]:
         """(places in the flat routing, outputs [.., H]) of at most WINDOW sorted pairs at a time."""
         x, slots = x_TH.detach().to(torch.float32).contiguous(), index_TK.shape[1]
         index = index_TK.reshape(-1).to(torch.int64).numpy()
         pairs, start = np.empty(len(index), np.int64), np.empty(len(self.up.kinds) + 1, np.int64)
         routes().sort(index, len(self.up.kinds), pairs, start)
-        total, swiglu = int(start[-1]), self.activation is SILU_MUL
-        for low in range(0, total, WINDOW):
-            high = min(low + WINDOW, total)
+        swiglu = self.activation is SILU_MUL
+        for low, high in windows(start, WINDOW, arrivals):
             part, cut = pairs[low:high], (start, low, high)
             z = torch.empty(high - low, self.up.rows)
             h = torch.empty(high - low, self.down.width) if swiglu else z
