@@ -1,1 +1,37 @@
-"""Experts on many devices, and training across slow links."""
+"""Experts on many devices, and training across slow links.
+
+Parts: `dispatch` (layouts and plans), `exchange` (rows between ranks), `engine` (carries out any plan), all of which
+are pure or collective and know no paper. A file named by a paper's key is a way of making plans, or of running one.
+"""
+
+from moekit.parallel._attach import attach, detach, reduce_replicated
+from moekit.parallel._chunks import Move, gather_chunks
+from moekit.parallel._errors import ParallelError
+from moekit.parallel._links import Grid, Traffic
+from moekit.parallel._shards import shard, unshard
+from moekit.parallel._world import World
+from moekit.parallel.dispatch import DispatchPlan, Layout, Piece, native
+from moekit.parallel.engine import Engine
+from moekit.parallel.exchange import all_to_all, flat, two_level
+
+__all__ = [
+    "DispatchPlan",
+    "Engine",
+    "Grid",
+    "Layout",
+    "Move",
+    "ParallelError",
+    "Piece",
+    "Traffic",
+    "World",
+    "all_to_all",
+    "attach",
+    "detach",
+    "flat",
+    "gather_chunks",
+    "native",
+    "reduce_replicated",
+    "shard",
+    "two_level",
+    "unshard",
+]

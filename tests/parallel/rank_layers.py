@@ -1,0 +1,104 @@
+"""Layers, routings and the single-process answer that every rank can make for itself, and the comparison with it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moekit.bank import SILU_MUL, Activation
+from moekit.contract import PAD, Routing
+from moekit.formats import DenseBank
+from moekit.kernels._layer import Layer
+from moekit.kernels.training import autograd
+from moekit.parallel import Engine, World, shard
+
+HIDDEN, INNER, SLOTS, TOKENS = 6, 8, 2, 23
+RELU = Activation("relu", torch.relu, gated=False)
+ROUTINGS = ("zipf", "one-hot", "empty-rank", "padded", "uniform")
+TENSORS = ("gate_up", "down", "gate_up_bias", "down_bias")
+
+
+@cache
+def world(nodes: int = 1) -> World:
+    return World.join(nodes)
+
+
+def bank(experts: int, gated: bool = True, bias: bool = True, dtype: torch.dtype = torch.float64) -> DenseBank:
+    """Random experts, trainable."""
+    draw = torch.Generator().manual_seed(experts)
+    rows = 2 * INNER if gated else INNER
+
+    def weight(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw, dtype=torch.float64).mul(0.5).to(dtype).requires_grad_()
+
+    biases = (weight(experts, rows), weight(experts, HIDDEN)) if bias else (None, None)
+    activation = SILU_MUL if gated else RELU
+    return DenseBank(weight(experts, rows, HIDDEN), weight(experts, HIDDEN, INNER), *biases, activation)
+
+
+def batch(kind: str, rank: int, experts: int, seed: int = 0) -> tuple[Tensor, Routing]:
+    """A rank's own tokens [T, H] (float64) and routing; payloads differ by rank, so that a swap of ranks shows."""
+    draw = torch.Generator().manual_seed(1000 * seed + rank)
+    tokens = 0 if kind == "empty-rank" and rank == 1 else TOKENS + rank
+    x = torch.randn(tokens, HIDDEN, generator=draw, dtype=torch.float64) + 0.1 * rank
+    slots = min(SLOTS, experts)
+    if kind == "one-hot":
+        index, weight = torch.full((tokens, 1), experts - 1), torch.rand(tokens, 1, generator=draw, dtype=torch.float64)
+    else:
+        share = 1 / torch.arange(1, experts + 1, dtype=torch.float64) ** (0 if kind == "uniform" else 1.5)
+        index = torch.multinomial(share.expand(max(tokens, 1), -1), slots, generator=draw)[:tokens]
+        weight = torch.rand(tokens, slots, generator=draw, dtype=torch.float64)
+    if kind == "padded":
+        index = index.masked_fill(torch.rand(index.shape, generator=draw) < 0.4, PAD)
+    return x, Routing(index, weight.masked_fill(index < 0, 0))
+
+
+def single(
+    whole: DenseBank, kind: str, size: int, goal: float = 1.0
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """(outputs, gradients of x and of the combine weights) per rank, and gradients of the bank, in one process."""
+    parts = [batch(kind, rank, whole.num_experts) for rank in range(size)]
+    xs = [x.to(whole.dtype).requires_grad_() for x, _ in parts]
+    weights = [r.weight.to(whole.dtype).requires_grad_() for _, r in parts]
+    outs = [autograd(Layer.of_bank(whole), x, r.expert, w) for x, w, (_, r) in zip(xs, weights, parts, strict=True)]
+    leaves = [*xs, *weights, *whole.tensors().values()]
+    grads = torch.autograd.grad(sum(loss(out, goal) for out in outs), leaves, materialize_grads=True)
+    return [o.detach() for o in outs], list(grads[: 2 * size]), list(grads[2 * size :])
+
+
+def loss(out: Tensor, goal: float) -> Tensor:
+    return ((out - goal) ** 2).sum()
+
+
+def worst(engine: Engine, whole: DenseBank, kind: str) -> dict[str, float]:
+    """Largest difference to the single process relative to the largest number there, by what is compared."""
+    here = engine.world
+    share = shard(whole, engine.layout, here.rank)
+    share = replace(share, **{name: t.detach().requires_grad_() for name, t in share.tensors().items()})
+    x, routing = batch(kind, here.rank, whole.num_experts)
+    x, weight = x.to(whole.dtype).requires_grad_(), routing.weight.to(whole.dtype).requires_grad_()
+    out = engine.forward(share, x, routing.with_weight(weight))
+    loss(out, 1.0).backward()
+    outs, inputs, banks = single(whole, kind, here.size)
+    found = {
+        "out": _gap(out, outs[here.rank]),
+        "x": _gap(x.grad, inputs[here.rank]),
+        "weight": _gap(weight.grad, inputs[here.size + here.rank]),
+    }
+    wanted = shard(replace(whole, **dict(zip(whole.tensors(), banks, strict=True))), engine.layout, here.rank)
+    for name, tensor in wanted.tensors().items():
+        found[name] = _gap(share.tensors()[name].grad, tensor)
+    with torch.no_grad():
+        found["no_grad"] = _gap(engine.forward(share, x, routing.with_weight(weight)), out)
+    return found
+
+
+def _gap(ours: Any, theirs: Tensor) -> float:
+    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+    if not theirs.numel():
+        return 0.0
+    return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
