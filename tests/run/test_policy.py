@@ -3,7 +3,7 @@
 import pytest
 
 from moekit.errors import OptionError
-from moekit.run._pools import LayerPools
+from moekit.run._policies_pools import LayerPools
 from moekit.run.policy import policy
 
 

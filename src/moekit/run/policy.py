@@ -54,6 +54,10 @@ class CachePolicy(ABC):
 _POLICIES = {
     "lru": "moekit.run._policies:LRU",
     "lfu": "moekit.run._policies:LFU",
+    "decayed-lfu": "moekit.run._policies_scored:DecayedLFU",
+    "score-aware": "moekit.run._policies_scored:ScoreAware",
+    "multi-term": "moekit.run._policies_scored:MultiTerm",
+    "arc": "moekit.run._policies_arc:ARC",
 }
 
 
@@ -66,9 +70,9 @@ def policy(spec: str) -> CachePolicy:
     """A fresh policy from ``name`` or ``name:key=value,key=value``; OptionError names the nearest valid choice.
 
     Those whose option ``pool`` is ``layer`` (the default of most) choose victims within a layer's fair share of the
-    cache; see :class:`moekit.run._pools.LayerPools`.
+    cache; see :class:`moekit.run._policies_pools.LayerPools`.
     """
-    from moekit.run._pools import LayerPools
+    from moekit.run._policies_pools import LayerPools
 
     name, _, options = spec.partition(":")
     name = name.strip()

@@ -1,0 +1,148 @@
+"""Priorities that fade or weigh: decayed frequency, averaged router scores, and several terms at once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from moekit.errors import OptionError
+from moekit.run._policies import Priority
+from moekit.run.policy import Key
+
+
+@dataclass(kw_only=True, eq=False)
+class DecayedLFU(Priority):
+    """Uses since admission, all multiplied by ``decay`` every ``every`` forward steps.
+
+    An expert with fewer uses than ``threshold`` is only evicted where all are such.
+    """
+
+    decay: float = 0.9
+    every: int = 16
+    threshold: float = 0.0
+    _uses: dict[Key, float] = field(default_factory=dict, init=False)
+    _layer: int = field(default=-1, init=False)
+    _steps: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.decay <= 1 or self.every < 1:
+            raise OptionError(
+                f"decayed-lfu: decay={self.decay}, every={self.every}: decay above 0 and at most 1, every 1 or more"
+            )
+
+    def routed(self, layer: int, experts: Sequence[int], scores: Sequence[float] | None) -> None:
+        if layer <= self._layer:
+            self._steps += 1
+            if self._steps % self.every == 0:
+                self._uses = {key: uses * self.decay for key, uses in self._uses.items()}
+        self._layer = layer
+        for expert in experts:
+            if (layer, expert) in self._uses:
+                self._uses[layer, expert] += 1
+
+    def admitted(self, key: Key) -> None:
+        self._uses[key] = 1.0
+
+    def evicted(self, key: Key) -> None:
+        self._uses.pop(key, None)
+
+    def priority(self, key: Key) -> tuple[bool, float]:
+        uses = self._uses.get(key, 0.0)
+        return uses < self.threshold, uses
+
+
+@dataclass(kw_only=True, eq=False)
+class ScoreAware(Priority):
+    """A running mean of router scores: S <- share * top(s) + (1 - share) * S, at every request of a layer.
+
+    ``top`` keeps that many of the largest scores and takes the others as zero; 0 stands for twice the number of experts
+    that the request names. Without scores each requested expert counts as scored alike.
+    """
+
+    share: float = 0.5
+    top: int = 0
+    _mean: dict[int, np.ndarray] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1 or self.top < 0:
+            raise OptionError(
+                f"score-aware: share={self.share}, top={self.top}: share above 0 and at most 1, top 0 or more"
+            )
+
+    def routed(self, layer: int, experts: Sequence[int], scores: Sequence[float] | None) -> None:
+        if scores is None:
+            score_E = np.zeros(max(experts, default=0) + 1)
+            score_E[list(experts)] = 1 / max(len(experts), 1)
+        else:
+            score_E = np.asarray(scores, dtype=np.float64).copy()
+            top = self.top or 2 * len(experts)
+            score_E[np.argsort(-score_E, kind="stable")[top:]] = 0
+        mean_E = self._mean.get(layer, np.zeros(0))
+        width = max(len(mean_E), len(score_E))
+        mean_E, score_E = (np.pad(a, (0, width - len(a))) for a in (mean_E, score_E))
+        self._mean[layer] = self.share * score_E + (1 - self.share) * mean_E
+
+    def priority(self, key: Key) -> float:
+        mean_E = self._mean.get(key[0], ())
+        return float(mean_E[key[1]]) if key[1] < len(mean_E) else 0.0
+
+
+@dataclass(kw_only=True, eq=False)
+class MultiTerm(Priority):
+    """A weighted sum of recency, frequency, weighty uses and nearness of the layer; records last one sequence.
+
+    recency * R/T + frequency * F/T + weighty * H/T + nearness * (1 - d/L): R the step of the last use, F uses, H uses
+    in which the expert came within the first ``high`` of the combine weight (its precision matters), T steps so far, d
+    how many layers ahead of the current one the expert's layer is, cyclically, of L.
+    """
+
+    pool: Literal["layer", "global"] = "global"
+    recency: float = 0.25
+    frequency: float = 0.25
+    weighty: float = 0.25
+    nearness: float = 0.25
+    high: float = 0.6
+    _last: dict[Key, int] = field(default_factory=dict, init=False)
+    _uses: Counter[Key] = field(default_factory=Counter, init=False)
+    _weighty: Counter[Key] = field(default_factory=Counter, init=False)
+    _steps: int = field(default=1, init=False)
+    _layer: int = field(default=-1, init=False)
+    _layers: int = field(default=1, init=False)
+
+    def reset(self) -> None:
+        self._last, self._uses, self._weighty, self._steps = {}, Counter(), Counter(), 1
+        self._layer = -1
+
+    def routed(self, layer: int, experts: Sequence[int], scores: Sequence[float] | None) -> None:
+        if layer <= self._layer:
+            self._steps += 1
+        self._layer, self._layers = layer, max(self._layers, layer + 1)
+        for expert in experts:
+            self._last[layer, expert] = self._steps
+            self._uses[layer, expert] += 1
+        for expert in first_share(experts, scores, self.high):
+            self._weighty[layer, expert] += 1
+
+    def priority(self, key: Key) -> float:
+        ahead = (key[0] - self._layer) % self._layers
+        records = (
+            self.recency * self._last.get(key, 0) + self.frequency * self._uses[key] + self.weighty * self._weighty[key]
+        )
+        return records / self._steps + self.nearness * (1 - ahead / self._layers)
+
+
+def first_share(experts: Sequence[int], scores: Sequence[float] | None, share: float) -> list[int]:
+    """The experts of largest score, each of which has at most ``share`` of the total before it; all without scores."""
+    if scores is None:
+        return list(experts)
+    order = sorted(experts, key=lambda expert: (-scores[expert], expert))
+    total, before, found = sum(scores[expert] for expert in experts), 0.0, []
+    for expert in order:
+        if before <= share * total + 1e-12:
+            found.append(expert)
+        before += scores[expert]
+    return found
