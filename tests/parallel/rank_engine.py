@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from rank_layers import ROUTINGS, bank, world, worst
 
@@ -16,7 +18,7 @@ def scattered(counts, layout):
         for part in range(layout.slices):
             pieces += [
                 Piece(expert, part, a, b, (7 * expert + 3 * i + part) % layout.world)
-                for i, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False))
+                for i, (a, b) in enumerate(pairwise(cuts))
             ]
     return DispatchPlan(layout, tuple(reversed(pieces)), parts=layout.slices, copies=((0, layout.world - 1),))
 

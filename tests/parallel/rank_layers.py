@@ -66,12 +66,12 @@ def single(
     weights = [r.weight.to(whole.dtype).requires_grad_() for _, r in parts]
     outs = [autograd(Layer.of_bank(whole), x, r.expert, w) for x, w, (_, r) in zip(xs, weights, parts, strict=True)]
     leaves = [*xs, *weights, *whole.tensors().values()]
-    grads = torch.autograd.grad(sum(loss(out, goal) for out in outs), leaves, materialize_grads=True)
+    grads = torch.autograd.grad(sum(loss(out) for out in outs), leaves, materialize_grads=True)
     return [o.detach() for o in outs], list(grads[: 2 * size]), list(grads[2 * size :])
 
 
-def loss(out: Tensor, goal: float) -> Tensor:
-    return ((out - goal) ** 2).sum()
+def loss(out: Tensor) -> Tensor:
+    return ((out - 1) ** 2).sum()
 
 
 def worst(engine: Engine, whole: DenseBank, kind: str) -> dict[str, float]:
@@ -82,7 +82,7 @@ def worst(engine: Engine, whole: DenseBank, kind: str) -> dict[str, float]:
     x, routing = batch(kind, here.rank, whole.num_experts)
     x, weight = x.to(whole.dtype).requires_grad_(), routing.weight.to(whole.dtype).requires_grad_()
     out = engine.forward(share, x, routing.with_weight(weight))
-    loss(out, 1.0).backward()
+    loss(out).backward()
     outs, inputs, banks = single(whole, kind, here.size)
     found = {
         "out": _gap(out, outs[here.rank]),
@@ -101,4 +101,5 @@ def _gap(ours: Any, theirs: Tensor) -> float:
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
     if not theirs.numel():
         return 0.0
+    ours = ours.detach()
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))

@@ -8,7 +8,8 @@ import traceback
 from datetime import timedelta
 from typing import Any
 
-PATIENCE = 60
+PATIENCE = 120
+LOST = (f"no answer within {PATIENCE} s", "died")
 
 
 class Ranks:
@@ -27,9 +28,15 @@ class Ranks:
 
     def ask(self, module: str, function: str, *args: Any) -> list[Any]:
         """What the function returned on every rank; raises RuntimeError with the trace of the first that failed."""
+        if not all(process.is_alive() for process in self.processes):
+            raise RuntimeError("the ranks were stopped when an earlier question failed")
         for pipe in self.pipes:
             pipe.send((module, function, args))
         answers = [self._answer(rank) for rank in range(len(self.pipes))]
+        self.first = answers[0][1]
+        lost = [answer for ok, answer in answers if answer in LOST and not ok]
+        if lost:
+            self.close()
         failed = [f"rank {rank}: {answer}" for rank, (ok, answer) in enumerate(answers) if not ok]
         if failed:
             raise RuntimeError("\n".join(failed))
@@ -37,11 +44,11 @@ class Ranks:
 
     def _answer(self, rank: int) -> tuple[bool, Any]:
         if not self.pipes[rank].poll(PATIENCE):
-            return False, f"no answer within {PATIENCE} s"
+            return False, LOST[0]
         try:
             return self.pipes[rank].recv()
         except EOFError:
-            return False, "died"
+            return False, LOST[1]
 
     def close(self) -> None:
         for process in self.processes:

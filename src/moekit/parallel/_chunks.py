@@ -138,19 +138,19 @@ def _swap(
     what: str,
 ) -> Arriving:
     """Send each parcel to its target and receive ``counts`` rows from each source, in the shapes of ``like``."""
-    total, work, doing = sum(counts.values()), [], f"moving {what}"
+    total, start, work = sum(counts.values()), 0, []
     out = [t.new_empty(total, *t.shape[1:]) for t in like]
+    for target, parcel in zip(targets, parcels, strict=True):
+        level = world.grid.level(world.rank, target)
+        for tensor in parcel:
+            world.traffic.add(what, level, len(tensor), tensor.numel() * tensor.element_size())
+            work.append(dist.P2POp(dist.isend, bytes_of(tensor), target, world.weights))
+    for source, count in counts.items():
+        for tensor in out:
+            work.append(dist.P2POp(dist.irecv, bytes_of(tensor[start : start + count]), source, world.weights))
+        start += count
+    doing = f"moving {what}"
     with world.waiting(doing):
-        for target, parcel in zip(targets, parcels, strict=True):
-            level = world.grid.level(world.rank, target)
-            for tensor in parcel:
-                world.traffic.add(what, level, len(tensor), tensor.numel() * tensor.element_size())
-                work.append(dist.P2POp(dist.isend, bytes_of(tensor), target, world.weights))
-        start = 0
-        for source, count in counts.items():
-            for tensor in out:
-                work.append(dist.P2POp(dist.irecv, bytes_of(tensor[start : start + count]), source, world.weights))
-            start += count
         handles = dist.batch_isend_irecv(work) if work else []
 
     def finish() -> list[Tensor]:

@@ -30,33 +30,36 @@ def shard(bank: DenseBank, layout: Layout, rank: int) -> DenseBank:
     own, slices = layout.own(rank), layout.slices
     if bank.intermediate_size % slices:
         raise ParallelError(f"an intermediate size of {bank.intermediate_size} does not divide into {slices} slices")
+    return _cut(bank, slices).select(own)
+
+
+def _cut(bank: DenseBank, slices: int) -> DenseBank:
+    """[E * slices] units; the inverse of :func:`assemble`."""
     if slices == 1:
-        return bank.select(own)
-    width = bank.intermediate_size // slices
-    index = torch.tensor([unit // slices for unit in own], dtype=torch.int64)
-    columns = [slice(unit % slices * width, (unit % slices + 1) * width) for unit in own]
-    halves = bank.gate_up.chunk(2 if bank.activation.gated else 1, dim=1)
-    up = [torch.cat([half[e, c] for half in halves]) for e, c in zip(index.tolist(), columns, strict=True)]
-    down = [bank.down[e, :, c] for e, c in zip(index.tolist(), columns, strict=True)]
-    up_bias = down_bias = None
-    if bank.gate_up_bias is not None:
-        parts = bank.gate_up_bias.chunk(2 if bank.activation.gated else 1, dim=1)
-        biases = [torch.cat([part[e, c] for part in parts]) for e, c in zip(index.tolist(), columns, strict=True)]
-        up_bias = _stack(biases, bank.gate_up_bias.new_empty(0, bank.gate_up.shape[1] // slices))
-    if bank.down_bias is not None:
-        down_bias = bank.down_bias[index] * first_slices(own, slices).to(bank.down_bias)
+        return bank
+    units, gates, width = bank.num_experts * slices, 2 if bank.activation.gated else 1, bank.intermediate_size // slices
+
+    def apart(tensor: Tensor) -> Tensor:
+        """[E, G, ..] -> [E * slices, G / slices, ..], gate rows of a slice before its up rows."""
+        rest = tensor.shape[2:]
+        return tensor.reshape(-1, gates, slices, width, *rest).transpose(1, 2).reshape(units, gates * width, *rest)
+
+    down = bank.down.reshape(-1, bank.hidden_size, slices, width).transpose(1, 2)
+    bias = bank.down_bias
+    if bias is not None:
+        bias = bias.repeat_interleave(slices, 0) * first_slices(range(units), slices).to(bias)
     return replace(
         bank,
-        gate_up=_stack(up, bank.gate_up.new_empty(0, bank.gate_up.shape[1] // slices, bank.hidden_size)),
-        down=_stack(down, bank.down.new_empty(0, bank.hidden_size, width)),
-        gate_up_bias=up_bias,
-        down_bias=down_bias,
+        gate_up=apart(bank.gate_up),
+        down=down.reshape(units, bank.hidden_size, width),
+        gate_up_bias=None if bank.gate_up_bias is None else apart(bank.gate_up_bias),
+        down_bias=bias,
     )
 
 
 def first_slices(units: Sequence[int], slices: int) -> Tensor:
     """float32 [U, 1]: 1 for the slice of an expert that keeps its output bias, 0 for the others."""
-    return torch.tensor([[float(unit % slices == 0)] for unit in units])
+    return torch.tensor([float(unit % slices == 0) for unit in units]).view(-1, 1)
 
 
 def assemble(bank: DenseBank, slices: int) -> DenseBank:
@@ -97,7 +100,3 @@ def collect(world: World, layout: Layout, tensors: Sequence[Tensor]) -> list[Ten
     held = [*places, *incoming(moves, world.rank)]
     order = torch.tensor(sorted(range(len(held)), key=held.__getitem__), device=tensors[0].device)
     return [torch.cat(pair)[order] for pair in zip(tensors, came, strict=True)]
-
-
-def _stack(tensors: list[Tensor], empty: Tensor) -> Tensor:
-    return torch.stack(tensors) if tensors else empty

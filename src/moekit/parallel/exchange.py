@@ -107,9 +107,9 @@ def _exchange(
     out = x.new_empty(sum(receive), *x.shape[1:])
     if len(ranks) == 1:
         return Pending(lambda: out.copy_(x))
-    doing = f"exchanging {what}"
+    doing, into, sent = f"exchanging {what}", bytes_of(out), bytes_of(x)
     with world.waiting(doing):
-        work = dist.all_to_all_single(bytes_of(out), bytes_of(x), list(receive), list(send), group=group, async_op=True)
+        work = dist.all_to_all_single(into, sent, list(receive), list(send), group=group, async_op=True)
 
     def finish() -> Tensor:
         with world.waiting(doing):
@@ -120,7 +120,8 @@ def _exchange(
 
 
 def bytes_of(tensor: Tensor) -> Tensor:
-    """The same memory as [rows, bytes] uint8."""
-    if not tensor.numel():
-        return tensor.new_empty(0, 1).view(torch.uint8)
-    return tensor.view(len(tensor), -1).view(torch.uint8)
+    """The same memory as [rows, bytes] uint8, of a contiguous tensor."""
+    rows = len(tensor)
+    width = tensor.numel() // rows if rows else 1
+    # not a view by shape: a single element may have any stride and still be contiguous
+    return tensor.as_strided((rows, width), (width, 1)).view(torch.uint8)
