@@ -64,6 +64,10 @@ def test_build_recover_and_the_report(place, tmp_path):
         (("build", "dense", "--with", "llava-mod", "--output", "x"), "llava-mod trains on text: give --text"),
         (("build", "dense", "--with", "llava-mod", "--output", "dense"), "exists: choose another folder"),
         (("recover", "dense", "--against", "dense", "--output", "x"), "recovery trains on text"),
+        (
+            ("build", "dense", "--with", "llava-mod", "--text", "notes.txt", "--device", "tpu", "--output", "x"),
+            "unknown device 'tpu': use auto, cpu or cuda",
+        ),
         (("eval", "dense", "--efficiency", "--task", "facts"), "--efficiency runs the model on text"),
         (("build", "dense", "--with", "llava-mod", "--pairs", "notes.txt", "--output", "x"), "line 1: expected JSON"),
         (("build", "dense", "--with", "llava-mod", "--pairs", "none", "--output", "x"), "cannot be read"),

@@ -7,8 +7,8 @@ import torch
 
 import families
 from moekit.blocks import blocks
+from moekit.blocks.rewriting import attached
 from moekit.compress import method
-from moekit.compress._heads import attached
 from moekit.errors import OptionError
 from moekit.kernels.rewrites import AuxiliaryVectors, TopSlots
 from moekit.plan.rewriting import rewrite_of

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 import families
 from moekit import lab
 from moekit.blocks import blocks
+from moekit.blocks.rewriting import attach
 from moekit.checkpoint import Checkpoint
 from moekit.compress import method
 from moekit.compress._heads import fit_widths, mean_width
@@ -24,7 +25,7 @@ from moekit.formats import DenseBank, PackedBank
 from moekit.kernels import BankExperts
 from moekit.measure import compare
 from moekit.plan import LiveLoss, values
-from moekit.plan.rewriting import attach, rewrite_of
+from moekit.plan.rewriting import rewrite_of
 from moekit.profile import profile as observe
 from moekit.stream import LoadedModel
 

@@ -43,7 +43,7 @@ def unit_scores(
             stack.callback(ffn.module.down_proj.register_forward_pre_hook(watch(total)).remove)
         model.eval()
         for row in rows:
-            model(input_ids=row[None], use_cache=False)
+            model(input_ids=row[None].to(model.device), use_cache=False)
     model.train(mode)
     means = [total / max(1, count) for total in sums]
     columns = [ffn.weights.down.double().cpu() for ffn in layers]
@@ -96,12 +96,12 @@ class SplitFFN(nn.Module):
         weights = ffn.weights
         bank = DenseBank.stack([part(weights, units) for units in units_EU])
         self.act = ffn.act
-        self.router = ResidualRouter(noise.to(bank.dtype), top_k)
+        self.router = ResidualRouter(noise.to(bank.gate_up), top_k)
         self.gate_up_proj, self.down_proj = nn.Parameter(bank.gate_up), nn.Parameter(bank.down)
         self.shared: nn.ParameterDict | None = None
         if len(shared_units):
             own = part(weights, shared_units)
-            gate = torch.zeros(1, bank.hidden_size, dtype=bank.dtype)
+            gate = bank.gate_up.new_zeros(1, bank.hidden_size)
             self.shared = nn.ParameterDict({"gate_up": own.gate_up, "down": own.down, "router": gate})
 
     def forward(self, x: Tensor) -> Tensor:

@@ -17,6 +17,9 @@ SELF = "self"
 
 
 def load_teacher(ref: str, model: PreTrainedModel) -> PreTrainedModel:
-    """The checkpoint that ``ref`` names, in float32 and frozen; for "self" a copy of the model as it is now."""
-    teacher = copy.deepcopy(model) if ref == SELF else LoadedModel.load(Checkpoint.open(ref), dtype=torch.float32).model
+    """The checkpoint that ``ref`` names, in float32 where the model is, frozen; "self": a copy of the model as it is."""
+    if ref == SELF:
+        teacher = copy.deepcopy(model)
+    else:
+        teacher = LoadedModel.load(Checkpoint.open(ref), device=model.device, dtype=torch.float32).model
     return teacher.eval().requires_grad_(False)

@@ -40,6 +40,7 @@ def upcycle(
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(config, dtype=dense.dtype)
     model.load_state_dict(dense.state_dict(), strict=False)
+    model.to(dense.device)
     of_layer = {ffn.layer: ffn for ffn in dense_layers(dense)}
     generator = torch.Generator().manual_seed(seed)
     for block in blocks(model):
@@ -76,7 +77,7 @@ def silent_copies(count: int) -> MakeExperts:
 def difference(one: PreTrainedModel, other: PreTrainedModel, rows: Tensor) -> float:
     """The largest difference of logits on token rows [B, S], relative to the largest logit."""
     modes = one.training, other.training
-    a, b = (model.eval()(input_ids=rows, use_cache=False).logits.float() for model in (one, other))
+    a, b = (model.eval()(input_ids=rows.to(model.device), use_cache=False).logits.float() for model in (one, other))
     one.train(modes[0]), other.train(modes[1])
     return float((a - b).abs().max() / a.abs().max())
 

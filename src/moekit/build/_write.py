@@ -20,6 +20,7 @@ from moekit.checkpoint.skeleton import grown
 from moekit.errors import OptionError, OutputError
 from moekit.plan import apply
 from moekit.plan.reload import reload_in_fresh_process
+from moekit.train.loop import training_device
 
 REPORT = "build.json"
 FORMATS = ("auto", "stock", "moekit")
@@ -32,11 +33,13 @@ def build(
     output: str | os.PathLike[str] | None = None,
     *,
     format: str = "auto",
+    device: str = "auto",
     overwrite: bool = False,
 ) -> Built:
     """Make a Mixture-of-Experts model of a dense checkpoint, and write it where ``output`` says.
 
-    ``format``: "stock" or "moekit"; "auto" is stock where a stock family can hold the result. Without ``output``
+    ``format``: "stock" or "moekit"; "auto" is stock where a stock family can hold the result. ``device``: where the
+    model and its teacher are held and trained. Without ``output``
     nothing is written and the model is returned. What is written is loaded again, in a process of its own, before it
     gets its name; ``build.json`` beside the weights says what was done.
 
@@ -50,8 +53,9 @@ def build(
     place = None if output is None else Path(output).resolve()
     if place is not None:
         _check_place(place, checkpoint, overwrite)
+    where = training_device(device)
     with _no_bars():
-        built = builder.build(load_dense(checkpoint), material)
+        built = builder.build(load_dense(checkpoint, where), material)
         built.report.update({"builder": builder.spec, "source": checkpoint.fingerprint})
         if place is not None:
             _write(built, checkpoint, place, format)
@@ -72,7 +76,7 @@ def _no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_dense(checkpoint: Checkpoint) -> Any:
+def load_dense(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Any:
     """The dense model in float32.
 
     Raises:
@@ -82,7 +86,8 @@ def load_dense(checkpoint: Checkpoint) -> Any:
 
     if grown(checkpoint.transformers_config) is not None:
         raise OptionError(f"{checkpoint.path} has experts already: build makes them of a dense model")
-    return AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32, local_files_only=True)
+    return model.to(device)
 
 
 def _check_place(place: Path, checkpoint: Checkpoint, overwrite: bool) -> None:

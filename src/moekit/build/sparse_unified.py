@@ -142,7 +142,7 @@ class SparseUnified(Builder):
             assert isinstance(module, SplitFFN)
             block = found[next(int(p) for p in name.split(".") if p.isdigit())]
             block.put(replace(module.bank(), activation=block.bank().activation))
-            gates[block.name] = module.router.weight.detach()
+            gates[block.name] = module.router.weight.detach().cpu()
 
         def export(checkpoint: Checkpoint) -> Plan:
             layers = {}

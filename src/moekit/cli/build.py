@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from moekit.cli import _show
-from moekit.cli._options import Json, OutputDir, Overwrite, Text
+from moekit.cli._options import Device, Json, OutputDir, Overwrite, Text
 from moekit.cli._work import check_output
 
 Length = Annotated[int, typer.Option("--length", metavar="N", min=2, help="Tokens in one training sequence.")]
@@ -27,6 +27,7 @@ def build(
     ] = None,
     length: Length = 256,
     batch: Batch = 8,
+    device: Device = "auto",
     format: Annotated[
         str, typer.Option("--format", metavar="FORMAT", help="auto, stock or moekit; auto: stock where it can say it.")
     ] = "auto",
@@ -54,7 +55,7 @@ def build(
     found = read_pairs(pairs, tokenizer) if pairs else []
     with _show.progress(f"build {dense}") as advance:
         material = Material(rows=rows, pairs=found, batch_size=batch, progress=advance)
-        built = carry_out(checkpoint, made, material, output, format=format, overwrite=overwrite)
+        built = carry_out(checkpoint, made, material, output, format=format, device=device, overwrite=overwrite)
     report = {**built.report, "output": str(output)}
     if as_json:
         _show.emit(report)

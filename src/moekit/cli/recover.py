@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from moekit.cli import _show
-from moekit.cli._options import Json, OutputDir, Overwrite, Text
+from moekit.cli._options import Device, Json, OutputDir, Overwrite, Text
 from moekit.cli._work import check_output
 from moekit.cli.build import Batch, Length
 from moekit.errors import OptionError
@@ -18,13 +18,16 @@ def recover(
     text: Text = [],  # noqa: B006
     steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Training steps.")] = 100,
     train: Annotated[
-        list[str], typer.Option("--train", metavar="PART", help="router, norms, scales, experts or shared. Repeatable.")
+        list[str],
+        typer.Option("--train", metavar="PART", help="router, norms, scales, experts, shared or rewrite. Repeatable."),
     ] = ["router"],  # noqa: B006
     learning_rate: Annotated[float, typer.Option("--learning-rate", metavar="X", help="Peak learning rate.")] = 1e-3,
     temperature: Annotated[float, typer.Option("--temperature", metavar="T", help="Of the KL divergence.")] = 1.0,
+    lm: Annotated[float, typer.Option("--lm", metavar="W", help="Weight of the loss on the text itself.")] = 0.0,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Order of the text.")] = 0,
     length: Length = 256,
     batch: Batch = 8,
+    device: Device = "auto",
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -37,6 +40,8 @@ def recover(
       moekit recover out/half --against moekit:mini --text notes.txt --output out/half-recovered
       moekit recover out/half --against moekit:mini --text notes.txt --train router --train experts --steps 300 \\
         --output out/half-trained
+      moekit recover out/vectors --against moekit:mini --text notes.txt --train rewrite --train experts --lm 1 \\
+        --output out/vectors-trained
     """
     check_output(output, overwrite)
     if not text:
@@ -59,8 +64,9 @@ def recover(
             output,
             what=train,
             options=TrainOptions(steps=steps, learning_rate=learning_rate, seed=seed),
-            objective=Objective(temperature=temperature),
+            objective=Objective(temperature=temperature, lm=lm),
             batch_size=batch,
+            device=device,
             overwrite=overwrite,
             check=lambda folder: reload_in_fresh_process(folder, with_moekit=is_packed(checkpoint)),
             progress=advance,

@@ -5,8 +5,7 @@ Shapes by suffix: S sampled tokens, N tokens of one expert, K slots, C choices, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
-from moekit.blocks import blocks
+from moekit.blocks.rewriting import attached
 from moekit.compress._sample import WORK_BYTES, Sample, moe_output, output
 from moekit.contract import Routing
 from moekit.kernels import run
 from moekit.kernels.rewrites import BitWidths, PrefixMask, Rewrite, keep_slots, rank_of
 from moekit.plan import LiveLoss, Plan, values
-from moekit.plan.rewriting import attach, rewrite_of
+from moekit.plan.rewriting import rewrite_of
 from moekit.train import Batch, Batches, Record, TrainOptions, losses, train
 from moekit.train.sequences import inputs
 
@@ -132,22 +131,6 @@ def mean_width(head: BitWidths, sample: Sample) -> float:
     """Bits a slot runs at, on average over the sample."""
     chosen = head.choice(sample.x_SH, sample.routing.expert)[sample.routing.expert >= 0]
     return float(torch.tensor(head.widths, dtype=torch.float32)[chosen].mean())
-
-
-@contextmanager
-def attached(model: PreTrainedModel, rewrites: Mapping[str, Rewrite]) -> Iterator[None]:
-    """Rewrites at work on a live model's blocks, by name; their parameters are ``*.experts.rewrite.*`` of the model."""
-    found = [block for block in blocks(model) if block.name in rewrites]
-    handles = [attach(rewrites[block.name], block) for block in found]
-    for block in found:
-        block.experts.add_module("rewrite", rewrites[block.name])
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for block in found:
-            del block.experts._modules["rewrite"]
 
 
 def train_heads(

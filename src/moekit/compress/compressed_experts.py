@@ -3,11 +3,11 @@
 Paper: Efficiently Editing Mixture-of-Experts Models with Compressed Experts, 2025 (n 73, arXiv 2503.00634).
 Method: of the k slots the k_m heaviest run; of the others, x' = x * sum_a w_a / (sum_a w_a) theta[e_a] over auxiliary
     slots a, theta [E, H] beginning as ones; y = sum_m w_m E_m(x'). Fine-tuned together with all weights.
-Uses: compress._skip, compress._heads, kernels.rewrites.AuxiliaryVectors
+Uses: compress._skip, train.recover, kernels.rewrites.AuxiliaryVectors
 Differs: one vector per expert, on the input of gate and up (the paper's parameter count would allow more: it was not
     found spelled out). Weights of the slots that run keep their sum where the model's own always add up to the same,
     else they stay. The plan holds vectors of ones, with which it is top-k_m exactly: they mean something once
-    trained with the model (compress._heads.attached, train.train), for the paper trains all of it.
+    trained, alone or with the experts around them (`moekit recover --train rewrite`), for the paper trains all of it.
 Claim: OLMoE with 4 of 8 experts keeps 96 % of the fine-tuned quality, 4 points of 8 lost without vectors.
 Shown: lab.experiments.compressed_experts
 """

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from moekit.blocks import Edit, MoEBlock, blocks
+from moekit.blocks.rewriting import attach
 from moekit.errors import PlanError
 from moekit.formats import DenseBank
 from moekit.plan.document import Plan
@@ -24,7 +25,7 @@ from moekit.plan.edited import overwrite
 from moekit.plan.layer import LayerPlan
 from moekit.plan.planner import Source
 from moekit.plan.recombine import stored
-from moekit.plan.rewriting import attach, rewrite_of
+from moekit.plan.rewriting import rewrite_of
 from moekit.stream import Runner
 
 if TYPE_CHECKING:

@@ -1,20 +1,8 @@
-"""A plan's rewrites of routing on a live model of the stock class, before any checkpoint holds them."""
+"""A plan's rewrites of routing, before any checkpoint holds them; see :mod:`moekit.blocks.rewriting`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.utils.hooks import RemovableHandle
-
-from moekit.bank import ExpertBank
-from moekit.blocks import MoEBlock
-from moekit.errors import PlanError
-from moekit.kernels._drive import forward
 from moekit.kernels.rewrites import Rewrite, allocate_rewrite
-from moekit.kernels.run import products_of
 from moekit.plan.layer import LayerPlan
 
 
@@ -26,42 +14,3 @@ def rewrite_of(plan: LayerPlan, hidden_size: int) -> Rewrite | None:
     rewrite = allocate_rewrite(values.describe, len(plan.rows), hidden_size, "cpu")
     rewrite.load_state_dict({name: values.tensor(name) for name in rewrite.state_dict()})
     return rewrite.eval()
-
-
-def attach(
-    rewrite: Rewrite, block: MoEBlock, rows: Sequence[int] | None = None, bank: ExpertBank | None = None
-) -> RemovableHandle:
-    """Let a block's experts see the rewritten routing, until the handle's ``remove()``; gradients pass through.
-
-    ``rows[r]`` is the block's router row that is row r to the rewrite; None if they are the same. ``bank`` holds the
-    stored experts, for rewrites that choose among more than the block's own (``EXPANDS``): it then runs in
-    their place, without gradients.
-
-    Raises:
-        PlanError: the stored experts would have to run in a block that normalises every expert's output.
-    """
-    known = list(range(block.num_experts)) if rows is None else list(rows)
-    there = torch.full((block.num_experts + 1,), -1)
-    there[torch.tensor(known)] = torch.arange(len(known))
-    back = torch.tensor([*known, known[0]])  # an unused slot: stock kernels know no id for it that all of them survive
-
-    def routed(arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x_TH, index_TK, weight_TK = arguments
-        renamed = there.to(index_TK.device)[index_TK.clamp(0, block.num_experts)]
-        x, index, weight = rewrite(x_TH, renamed, weight_TK)
-        return x.to(x_TH.dtype), index, weight
-
-    def before(_: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x, index, weight = routed(arguments)
-        return x, back.to(index.device)[index], weight.masked_fill(index < 0, 0.0)
-
-    if bank is None or not rewrite.EXPANDS:
-        return block.experts.register_forward_pre_hook(before)
-    if getattr(block.experts, "has_post_expert_norm", False):
-        raise PlanError(f"{block.name} normalises what its experts return: apply the plan to measure it")
-    products = products_of(rewrite.runs(bank))
-
-    def instead(_: Any, arguments: tuple[Tensor, ...], __: Any) -> Tensor:
-        return forward(products, *routed(arguments))
-
-    return block.experts.register_forward_hook(instead)

@@ -10,14 +10,15 @@ from torch import nn
 from moekit.blocks import MoEBlock, blocks
 from moekit.errors import OptionError
 
-ROLES = ("router", "experts", "shared", "scales", "norms", "all")
+ROLES = ("router", "experts", "shared", "scales", "norms", "rewrite", "all")
 
 
 def chosen(model: nn.Module, what: Sequence[str]) -> list[str]:
     """Names of parameters that play one of the roles in ``what``, or match one of its patterns (``*`` and ``?``).
 
     router: a block's router with its biases; experts: routed experts, factors and scales in their place included;
-    shared: shared experts; scales: parameters called so; norms: weights of one axis; all: everything.
+    shared: shared experts; scales: parameters called so; norms: weights of one axis; rewrite: what changes a routing
+    at run time, where a gradient reaches it; all: everything.
     Raises :class:`OptionError` for an entry that names no parameter.
     """
     names = [name for name, _ in model.named_parameters()]
@@ -60,9 +61,14 @@ def _parameters(block: MoEBlock, role: str) -> Iterator[nn.Parameter]:
         for shared in block.shared:
             yield from shared.parameters()
         return
+    rewrite = getattr(block.experts, "rewrite", None)
+    if role == "rewrite":
+        yield from rewrite.parameters() if rewrite is not None and rewrite.LEARNS else ()
+        return
     own, other = block.router_module, block.experts
     if role == "experts":
         own, other = other, own
     inside = any(module is other for module in own.modules())
     theirs = {id(p) for p in other.parameters()} if inside else set()
+    theirs |= {id(p) for p in rewrite.parameters()} if rewrite is not None else set()
     yield from (p for p in own.parameters() if id(p) not in theirs)

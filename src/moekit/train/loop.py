@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moekit.errors import OptionError
+from moekit.stream import pick_device
 from moekit.train.groups import train_only
 from moekit.train.options import TrainOptions
 from moekit.train.sequences import Batch, Batches
@@ -51,6 +52,21 @@ class Record:
         """Means over the last steps, for a report."""
         values = {"loss": self.losses, **self.parts}
         return {name: sum(v[-count:]) / len(v[-count:]) for name, v in values.items() if v}
+
+
+def training_device(name: str) -> torch.device:
+    """The one device a model is trained on: auto, cpu or cuda.
+
+    Raises:
+        OptionError: an unknown or absent device, or one of several GPUs, among which the Trainer would split batches.
+    """
+    device = pick_device(name)
+    if device.type == "cuda" and torch.cuda.device_count() > 1:
+        raise OptionError(
+            f"training runs on one device, and {torch.cuda.device_count()} GPUs are visible: set CUDA_VISIBLE_DEVICES "
+            "to one of them, or use --device cpu"
+        )
+    return device
 
 
 def train(

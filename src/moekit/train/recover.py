@@ -24,7 +24,7 @@ from moekit.stream import LoadedModel
 from moekit.train import recovered
 from moekit.train.distil import Objective, distil
 from moekit.train.forms import Scaled, Tied
-from moekit.train.loop import Record
+from moekit.train.loop import Record, training_device
 from moekit.train.options import TrainOptions
 from moekit.train.parametrise import parametrise, settle
 from moekit.train.sequences import batches_of, padded
@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-WHAT = ("router", "norms", "scales", "experts", "shared")
-"""``scales``: a factor per row of every expert matrix, the weights below it as they are."""
+WHAT = ("router", "norms", "scales", "experts", "shared", "rewrite")
+"""``scales``: a factor per row of every expert matrix, the weights below it as they are. ``rewrite``: what changes the
+routing at run time, such as the vectors that stand in for experts that do not run."""
 _EVERY = 8
 """One row of so many is kept aside to measure on."""
 
@@ -65,6 +66,7 @@ def recover(
     options: TrainOptions | None = None,
     objective: Objective | None = None,
     batch_size: int = 8,
+    device: str = "auto",
     overwrite: bool = False,
     check: Callable[[Path], dict[str, Any]] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -74,12 +76,14 @@ def recover(
     Args:
         rows: token ids of text; every eighth row is only measured on.
         what: of :data:`WHAT`. Where experts are stored packed, routers, norms and shared experts are trained around
-            them and everything else is copied byte for byte; training packed experts stores them decoded.
+            them and everything else is copied byte for byte; training packed experts stores them decoded, in moekit's
+            own format where something changes the routing at run time.
+        device: where both models are held and run.
         check: run on the finished folder before it gets its name, such as a reload in another process; its answer goes
             into ``recovery.json``.
 
     Raises:
-        OptionError: unknown parts, models that do not belong together, or a result that no format can hold.
+        OptionError: unknown parts or device, models that do not belong together, or a result no format can hold.
         TextError: fewer than two rows. OutputError: the output exists or cannot be written.
     """
     wrong = [part for part in what if part not in WHAT]
@@ -89,11 +93,12 @@ def recover(
         raise OutputError(f"{output} exists; pass --overwrite to replace it, or choose another output")
     student, source = _opened(compressed), _opened(against)
     recovered.check_possible(student, what)
+    place = training_device(device)
     kept, aside = [row for i, row in enumerate(rows) if i % _EVERY], list(rows[::_EVERY])
     if not kept:
         raise TextError(f"{len(rows)} row of text is too little to train and to measure on: give more text")
-    model, slots = recovered.trainable(student)
-    teacher = LoadedModel.load(source, dtype=torch.float32).model
+    model, slots = recovered.trainable(student, place)
+    teacher = LoadedModel.load(source, device=place, dtype=torch.float32).model
     if model.config.get_text_config().vocab_size != teacher.config.get_text_config().vocab_size:
         raise OptionError(
             f"{student.path} and {source.path} have different vocabularies: give the model it was made from"

@@ -20,11 +20,13 @@ Routed = tuple[Tensor, Tensor, Tensor]
 class Rewrite(nn.Module, ABC):
     """``KIND`` names it in descriptions; parameters are named as on disk under ``experts.rewrite``.
 
-    ``EXPANDS`` says whether rewritten ids name more than the layer's own experts (:meth:`runs`).
+    ``EXPANDS`` says whether rewritten ids name more than the layer's own experts (:meth:`runs`), ``LEARNS`` whether a
+    gradient of what the model computes reaches the parameters.
     """
 
     KIND: ClassVar[str]
     EXPANDS: ClassVar[bool] = False
+    LEARNS: ClassVar[bool] = False
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Shapes by suffix: T tokens, K slots, E experts, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ class ResidualGate(Rewrite):
     """
 
     KIND = "residual-gate"
+    LEARNS: ClassVar[bool] = True
 
     def __init__(self, weight_EH: Tensor, count: int) -> None:
         super().__init__()

@@ -6,7 +6,7 @@ Shapes by suffix: T tokens, K slots, E experts, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ class AuxiliaryVectors(Rewrite):
     """
 
     KIND = "auxiliary-vectors"
+    LEARNS: ClassVar[bool] = True
 
     def __init__(self, theta_EH: Tensor, main: int, *, renormalise: bool = True) -> None:
         super().__init__()

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from moekit.bank import ExpertBank
 from moekit.blocks import blocks
+from moekit.blocks.rewriting import attach
 from moekit.compress._sample import Sample
 from moekit.compress._skip import kept_share, ratio_skip
 from moekit.kernels.rewrites import BitWidths, Rewrite, Routed, keep_slots, rank_of
 from moekit.lab.experiments._trial import Trial
 from moekit.plan import LiveLoss, Plan
-from moekit.plan.rewriting import attach
 from moekit.profile import Profile
 
 Rewrites = Mapping[str, Rewrite]

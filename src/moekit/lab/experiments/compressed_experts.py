@@ -19,8 +19,8 @@ import torch
 
 from moekit import lab
 from moekit.blocks import MoEBlock, blocks
+from moekit.blocks.rewriting import attached
 from moekit.checkpoint import Checkpoint
-from moekit.compress._heads import attached
 from moekit.kernels.rewrites import AuxiliaryVectors, Rewrite, TopSlots
 from moekit.lab.experiments import Advance, Outcome
 from moekit.lab.experiments._trial import gap
