@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,11 @@ def apart() -> Iterator[None]:
     of the process: accelerate decides once what it is part of.
     """
     hidden = {name: os.environ.pop(name) for name in _SAID if name in os.environ}
+    talkative = logging.getLogger("transformers.training_args")  # it warns of a group that its Trainer does not use
+    level = talkative.level
+    talkative.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        talkative.setLevel(level)
         os.environ.update(hidden)

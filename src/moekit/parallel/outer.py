@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -32,9 +32,10 @@ class OuterSync:
     A fragment's exchange begins after each step t > 0 with (t - offset) mod H = 0. Between beginning and use training
     goes on. All workers make one of these with equal arguments and weights, and call it after every step.
 
-    ``folder`` (one per worker) keeps the state every ``save_every`` steps, exchanges in flight included; a loop that
-    takes up its own state at the same step goes on bit for bit. Raises :class:`OptionError` for a schedule that cannot
-    be, :class:`ParallelError` where workers differ or one is lost.
+    ``folder`` (one per worker) keeps the state every ``save_every`` steps, exchanges in flight included, and is taken
+    up when this is made; a loop that takes up its own state at the same step goes on bit for bit. ``then`` is called
+    after every step, before that state is kept. Raises :class:`OptionError` for a schedule that cannot be,
+    :class:`ParallelError` where workers differ or one is lost.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class OuterSync:
         delay: int = 0,
         folder: str | Path | None = None,
         save_every: int = 100,
+        then: Callable[[int], None] | None = None,
     ) -> None:
         if every < 1 or not 0 <= delay < every:
             raise OptionError(f"every={every} steps with delay={delay}: the delay must be from 0 to {every - 1}")
@@ -53,10 +55,12 @@ class OuterSync:
             offsets = [fragment.offset for fragment in fragments]
             raise OptionError(f"offsets {offsets} of the fragments: give at least one, all from 0 to {every - 1}")
         self.fragments, self.link, self.every, self.delay = list(fragments), link, every, delay
-        self.save_every = save_every
+        self.save_every, self._then = save_every, then
         self._folder = None if folder is None else Path(folder)
         self._flying: dict[int, tuple[int, Tensor, Pending]] = {}
         self._begun = [0] * len(self.fragments)
+        self._packed: dict[int, tuple[int, Tensor]] = {}
+        self._loaded = self._load()
         self._step: int | None = None
 
     def __call__(self, step: int) -> None:
@@ -70,6 +74,8 @@ class OuterSync:
                 if self.delay == 0:
                     fragment.use(self._flying.pop(at)[2], last=False)
         self._step = step
+        if self._then is not None:
+            self._then(step)
         if self._folder is not None and step % self.save_every == 0:
             self._save(step)
 
@@ -99,13 +105,15 @@ class OuterSync:
         self._flying[at] = (step, packed, self.fragments[at].send(packed, self.link))
 
     def _enter(self, done: int) -> None:
-        """The first call loads the state after ``done`` steps and meets the other workers; later ones count along."""
+        """The first call meets the other workers and sends again what was in flight; later ones count along."""
         if self._step is None:
-            flying = self._load(done) if done else {}
+            if done != self._loaded:
+                where = "no folder was given" if self._folder is None else f"{self._folder} is after {self._loaded}"
+                raise OptionError(f"training goes on after step {done}, but {where}: resume both or start both anew")
             self._meet(done)
-            for at, (begun, packed) in sorted(flying.items(), key=lambda item: (item[1][0], item[0])):
+            for at, (begun, packed) in sorted(self._packed.items(), key=lambda item: (item[1][0], item[0])):
                 self._begin(at, begun, packed)
-            self._step = done
+            self._packed, self._step = {}, done
         if self._step != done:
             raise OptionError(f"the loop did {done} steps, this state is after {self._step}: call it after every step")
 
@@ -128,16 +136,13 @@ class OuterSync:
         parts = [[type(f).__name__, f.name, f.offset, f.nbytes] for f in self.fragments]
         return json.dumps([self.every, self.delay, parts])
 
-    def _file(self, step: int) -> Path:
-        assert self._folder is not None
-        return self._folder / f"outer-{step:08d}.safetensors"
-
     def _save(self, step: int) -> None:
+        assert self._folder is not None
         tensors = {f"{at}/state/{n}": t for at, f in enumerate(self.fragments) for n, t in f.state().items()}
         tensors |= {f"{at}/flying": packed for at, (_, packed, _) in self._flying.items()}
         flying = {at: begun for at, (begun, _, _) in self._flying.items()}
-        told = json.dumps({"plan": self._plan(), "begun": self._begun, "flying": flying})
-        path = self._file(step)
+        told = json.dumps({"step": step, "plan": self._plan(), "begun": self._begun, "flying": flying})
+        path = self._folder / f"outer-{step:08d}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         save_file({name: t.detach().clone().contiguous() for name, t in tensors.items()}, partial, {"run": told})
@@ -146,22 +151,24 @@ class OuterSync:
             old.unlink()
 
     @torch.no_grad()
-    def _load(self, step: int) -> dict[int, tuple[int, Tensor]]:
-        """Returns what was in flight: fragment -> (step it began, what was packed)."""
-        path = None if self._folder is None else self._file(step)
-        if path is None or not path.is_file():
-            where = "no folder was given" if path is None else f"{path} does not exist"
-            raise OptionError(f"training goes on after step {step}, but {where}: resume both or start both anew")
-        with safe_open(path, framework="pt") as file:
+    def _load(self) -> int:
+        """Take up the newest state of the folder, if any; returns the steps done by then."""
+        files = [] if self._folder is None else sorted(self._folder.glob("outer-*.safetensors"))
+        if not files:
+            return 0
+        with safe_open(files[-1], framework="pt") as file:
             told = json.loads((file.metadata() or {}).get("run", "{}"))
         if told.get("plan") != self._plan():
-            raise OptionError(f"{path} holds a run with another schedule or other fragments: choose another folder")
-        tensors = load_file(path)
+            raise OptionError(
+                f"{files[-1]} holds a run with another schedule or other fragments: choose another folder"
+            )
+        tensors = load_file(files[-1])
         for at, fragment in enumerate(self.fragments):
             for name, tensor in fragment.state().items():
                 tensor.copy_(tensors[f"{at}/state/{name}"])
         self._begun = told["begun"]
-        return {int(at): (begun, tensors[f"{at}/flying"]) for at, begun in told["flying"].items()}
+        self._packed = {int(at): (begun, tensors[f"{at}/flying"]) for at, begun in told["flying"].items()}
+        return int(told["step"])
 
 
 def _number(digest: hashlib._Hash) -> int:
