@@ -9,7 +9,7 @@ from moekit.kernels._drive import forward
 from moekit.kernels._layer import Layer
 from moekit.kernels.plain import PlainProducts
 
-E, H, INNER = 12, 64, 96
+E, H = 12, 64
 
 
 class Poisoned:
@@ -37,14 +37,14 @@ def products(gate_up, down, compiled):
     return made
 
 
-@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(("compiled", "inner"), [(True, 96), (False, 96), (False, 21)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 7, 60, 900])
-def test_same_bits_however_few_are_there(tokens, dtype, compiled):
+def test_same_bits_however_few_are_there(tokens, dtype, compiled, inner):
     generator = torch.Generator().manual_seed(tokens)
     bank = DenseBank(
-        torch.randn(E, 2 * INNER, H, generator=generator).to(dtype) / 8,
-        torch.randn(E, H, INNER, generator=generator).to(dtype) / 8,
+        torch.randn(E, 2 * inner, H, generator=generator).to(dtype) / 8,
+        torch.randn(E, H, inner, generator=generator).to(dtype) / 8,
         None,
         None,
         SILU_MUL,

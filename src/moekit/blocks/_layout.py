@@ -144,14 +144,20 @@ class Stacked(Layout):
             "down_bias": None if down_bias is None else down_bias[: self.num_experts],
         }
 
+    def oriented(self, bank: DenseBank) -> dict[str, Tensor]:
+        """A bank's tensors by the names of the parameters that hold them, turned as those are."""
+        values = {
+            self.up_name: self._turn(self._rows(bank.gate_up, False)),
+            "down_proj": self._turn(bank.down),
+            f"{self.up_name}_bias": None if bank.gate_up_bias is None else self._rows(bank.gate_up_bias, False),
+            "down_proj_bias": bank.down_bias,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
     def write(self, bank: DenseBank) -> None:
-        count = self.num_experts
-        getattr(self.module, self.up_name)[:count].copy_(self._turn(self._rows(bank.gate_up, False)))
-        self.module.down_proj[:count].copy_(self._turn(bank.down))
-        if bank.gate_up_bias is not None and (up_bias := self._bias(self.up_name)) is not None:
-            up_bias[:count].copy_(self._rows(bank.gate_up_bias, False))
-        if bank.down_bias is not None and (down_bias := self._bias("down_proj")) is not None:
-            down_bias[:count].copy_(bank.down_bias)
+        for name, value in self.oriented(bank).items():
+            if (parameter := getattr(self.module, name, None)) is not None:
+                parameter[: self.num_experts].copy_(value)
 
 
 class TransposedOnInput(Stacked):

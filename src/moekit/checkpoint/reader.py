@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moekit.checkpoint.direct import DirectFile
 from moekit.checkpoint.headers import TensorInfo
 from moekit.errors import CheckpointError
 
@@ -21,13 +22,19 @@ CHUNK = 1 << 24
 
 
 class Reader:
-    """Reads tensors, and rows of tensors, from the files of one folder; counts every byte in ``counted_bytes``."""
+    """Reads tensors, and rows of tensors, from the files of one folder; counts every byte in ``counted_bytes``.
 
-    def __init__(self, folder: Path, infos: Mapping[str, TensorInfo]) -> None:
+    ``direct`` reads past the operating system's page cache and keeps the files open: for whoever reads the same bytes
+    again and again and must not fill memory with copies that nobody counts. Any thread may read.
+    """
+
+    def __init__(self, folder: Path, infos: Mapping[str, TensorInfo], direct: bool = False) -> None:
         self.folder = folder
         self.infos = infos
+        self.direct = direct
         self.counted_bytes = 0
         self._lock = threading.Lock()
+        self._open: dict[str, DirectFile] = {}
 
     def info(self, name: str) -> TensorInfo:
         if name not in self.infos:
@@ -59,18 +66,47 @@ class Reader:
         self._fill(memoryview(data.numpy()), info, info.offset + start * size)
         return data.view(info.dtype)
 
+    def read_into(self, view: memoryview, name: str, start: int) -> None:
+        """Fill ``view`` with the stored bytes of a tensor, from its byte ``start`` on."""
+        info = self.info(name)
+        self._fill(view, info, info.offset + start)
+
     def _fill(self, view: memoryview, info: TensorInfo, offset: int) -> None:
         path = self.folder / info.file
         try:
-            with path.open("rb", buffering=0) as file:
-                file.seek(offset)
-                done = 0
-                while done < len(view):
-                    count = file.readinto(view[done:])
-                    if not count:
-                        raise CheckpointError(f"{path} ends before {info.name} does: it was changed while in use")
-                    done += count
+            done = self._read_direct(info.file, view, offset) if self.direct else _read(path, view, offset)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+        if done < len(view):
+            raise CheckpointError(f"{path} ends before {info.name} does: it was changed while in use")
         with self._lock:
             self.counted_bytes += len(view)
+
+    def _read_direct(self, name: str, view: memoryview, offset: int) -> int:
+        with self._lock:
+            if name not in self._open:
+                self._open[name] = DirectFile(self.folder / name)
+            file = self._open[name]
+        done = file.read_into(view, offset)
+        if file.changed():
+            raise CheckpointError(f"{file.path} was changed while in use: stop whoever writes to it and start again")
+        return done
+
+    def close(self) -> None:
+        """Give back the files that are kept open; a later read opens them again."""
+        with self._lock:
+            for file in self._open.values():
+                file.close()
+            self._open.clear()
+
+
+def _read(path: Path, view: memoryview, offset: int) -> int:
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        done = 0
+        while done < len(view):
+            count = file.readinto(view[done:])
+            if not count:
+                break
+            done += count
+    return done

@@ -1,9 +1,23 @@
 """How a bank runs under a routing, and which kernel to choose."""
 
+from ._arrivals import Arrivals
+from ._layer import is_decorated
 from .bank_experts import BankExperts
 from .choice import explain
-from .experts import register
+from .experts import ArrivingExperts, register
 from .prepare import PrepareReport, prepare, restore
 from .run import forward, run
 
-__all__ = ["BankExperts", "PrepareReport", "explain", "forward", "prepare", "register", "restore", "run"]
+__all__ = [
+    "Arrivals",
+    "ArrivingExperts",
+    "BankExperts",
+    "PrepareReport",
+    "explain",
+    "forward",
+    "is_decorated",
+    "prepare",
+    "register",
+    "restore",
+    "run",
+]

@@ -72,9 +72,9 @@ def forward(
         return plan.combine(_all_rows(products, x, plan, arrivals), weight_TK).to(x_TH.dtype)
     weight = plan.weights(weight_TK, x.dtype)
     out = torch.zeros_like(x)
-    for chunk in _chunks(plan, arrivals):
+    for chunk in plan.chunks(FEW_ROWS):
         start, stop = chunk[0][1], chunk[-1][2]
-        rows = _rows(products, x, plan, chunk)
+        rows = _rows(products, x, plan, chunk, arrivals)
         out.index_add_(0, plan.token[start:stop], rows.mul_(weight[start:stop]))
     return out.to(x_TH.dtype)
 
@@ -93,35 +93,37 @@ def _fused(products: Products, x_TH: Tensor) -> Whole | None:
     return None if products.dtype(x_TH) == torch.float64 else getattr(products, "fused", None)
 
 
-def _chunks(plan: Plan, arrivals: Arrivals | None) -> Iterator[list[tuple[int, int, int]]]:
-    """The plan's chunks, of as many experts as can be there at once; each is yielded when they are."""
-    for chunk in plan.chunks(FEW_ROWS):
-        most = len(chunk) if arrivals is None else arrivals.most
-        for start in range(0, len(chunk), most):
-            part = chunk[start : start + most]
-            if arrivals is not None:
-                arrivals([expert for expert, _, _ in part])
-            yield part
-
-
 def _all_rows(products: Products, x_TH: Tensor, plan: Plan, arrivals: Arrivals | None = None) -> Tensor:
     """Outputs [S, H] of all pairs, in the order of the plan."""
-    parts = [_rows(products, x_TH, plan, chunk) for chunk in _chunks(plan, arrivals)]
+    parts = [_rows(products, x_TH, plan, chunk, arrivals) for chunk in plan.chunks(FEW_ROWS)]
     if len(parts) == 1:
         return parts[0]
     return torch.cat(parts) if parts else x_TH.new_zeros(0, x_TH.shape[1])
 
 
-def _rows(products: Products, x_TH: Tensor, plan: Plan, chunk: list[tuple[int, int, int]]) -> Tensor:
+def _rows(
+    products: Products, x_TH: Tensor, plan: Plan, chunk: list[tuple[int, int, int]], arrivals: Arrivals | None
+) -> Tensor:
     """Outputs of one chunk, finished but not weighted."""
     first, last = chunk[0][1], chunk[-1][2]
     one = x_TH.shape[0] == 1
     x = x_TH.expand(last - first, -1) if one else x_TH.index_select(0, plan.token[first:last])
+    experts, counts = [e for e, _, _ in chunk], [stop - start for _, start, stop in chunk]
     if len(chunk) == 1:
-        rows = products.rows(chunk[0][0], x)
+        rows = products.rows(next(_arrived(experts, arrivals)), x)
     else:
-        experts, counts = [e for e, _, _ in chunk], [stop - start for _, start, stop in chunk]
-        z = torch.cat([products.up(e, part) for e, part in zip(experts, x.split(counts), strict=True)])
+        z = torch.cat([products.up(e, p) for e, p in zip(_arrived(experts, arrivals), x.split(counts), strict=True)])
+        # Over the whole chunk, however few experts are there at once: bits depend on what is computed together.
         h = products.activation(z).split(counts)
-        rows = torch.cat([products.down(e, part) for e, part in zip(experts, h, strict=True)])
+        rows = torch.cat([products.down(e, p) for e, p in zip(_arrived(experts, arrivals), h, strict=True)])
     return products.finish(rows) if products.finish else rows
+
+
+def _arrived(experts: list[int], arrivals: Arrivals | None) -> Iterator[int]:
+    """Each expert when its weights are there, as many of them asked for together as can be."""
+    most = len(experts) if arrivals is None else arrivals.most
+    for start in range(0, len(experts), most):
+        part = experts[start : start + most]
+        if arrivals is not None:
+            arrivals(part)
+        yield from part

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._arrivals import Arrivals
 from ._drive import forward
 from ._layer import Layer
 from .plain import PlainProducts
@@ -39,6 +40,17 @@ def needs_gradients(layer: Layer, x_TH: Tensor, weight_TK: Tensor) -> bool:
         return False
     tensors = (x_TH, weight_TK, layer.gate_up, layer.down, layer.gate_up_bias, layer.down_bias)
     return layer.trainable_between or any(t is not None and t.requires_grad for t in tensors)
+
+
+class ArrivingExperts:
+    """The plain experts of one module, whose weights come while they are computed. No backward."""
+
+    def __init__(self, module: Any) -> None:
+        self._products = PlainProducts(Layer.of_module(module))
+
+    def __call__(self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, arrivals: Arrivals) -> Tensor:
+        """[T, H]: bit for bit what :func:`experts_forward` returns without gradients when all weights are there."""
+        return forward(self._products, x_TH, index_TK, weight_TK, arrivals=arrivals)
 
 
 def register() -> None:

@@ -1,0 +1,66 @@
+"""Address space for all experts of a layer, memory only for those that are there."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+
+
+class Pages:
+    """``rows`` rows of ``row_bytes`` each, end to end: a stacked tensor whose rows come and go one by one.
+
+    A page that two rows share stays as long as either is there. Not thread-safe: whoever owns it holds a lock around
+    :meth:`keep` and :meth:`drop`; rows that are kept may be written from any thread. What was dropped reads as zero.
+    """
+
+    def __init__(self, rows: int, row_bytes: int) -> None:
+        self.rows, self.row_bytes = rows, row_bytes
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
+        self._map = mmap.mmap(-1, max(rows * row_bytes, 1), flags=flags)
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+            self._map.madvise(mmap.MADV_NOHUGEPAGE)  # a huge page would hold neighbours that nobody counts
+        self._kept = np.zeros(rows, dtype=bool)
+
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """All rows as one tensor [rows, *shape]."""
+        count = self.rows * math.prod(shape)
+        assert count * dtype.itemsize == self.rows * self.row_bytes
+        return torch.frombuffer(self._map, dtype=dtype, count=count).view(self.rows, *shape)
+
+    def view(self, row: int, start: int, stop: int) -> memoryview:
+        """Bytes ``start`` to ``stop`` of a row, to be filled."""
+        return memoryview(self._map)[row * self.row_bytes + start : row * self.row_bytes + stop]
+
+    @property
+    def charge(self) -> int:
+        """The most memory that one row may take: its bytes, and the rest of the pages at both ends."""
+        return self.row_bytes + (0 if self.row_bytes % mmap.PAGESIZE == 0 else 2 * mmap.PAGESIZE - 1)
+
+    def keep(self, row: int) -> None:
+        """A row is about to be filled."""
+        self._kept[row] = True
+
+    def drop(self, row: int) -> None:
+        """Give a row's memory back to the operating system."""
+        self._kept[row] = False
+        first, last = row * self.row_bytes // mmap.PAGESIZE, -(-(row + 1) * self.row_bytes // mmap.PAGESIZE)
+        while first < last and self._shared(first):
+            first += 1
+        while first < last and self._shared(last - 1):
+            last -= 1
+        if first < last:
+            start = first * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, start, min(last * mmap.PAGESIZE, len(self._map)) - start)
+
+    def _shared(self, page: int) -> bool:
+        """Whether a page holds anything of a row that is kept."""
+        low = page * mmap.PAGESIZE // self.row_bytes
+        high = -(-(page + 1) * mmap.PAGESIZE // self.row_bytes)
+        return bool(self._kept[low:high].any())
