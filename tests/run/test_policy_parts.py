@@ -102,14 +102,14 @@ def test_scores_are_averaged_over_all_experts_and_cut_to_the_largest():
     aware = policy("score-aware:share=0.5,top=2,pool=global")
     aware.routed(0, [0], [0.5, 0.3, 0.2])
     aware.routed(0, [2], [0.1, 0.4, 0.5])
-    assert [aware.priority((0, e)) for e in range(3)] == pytest.approx([0.125, 0.275, 0.25])
+    assert aware.priorities([(0, e) for e in range(3)]) == pytest.approx([0.125, 0.275, 0.25])
     assert aware.victim({(0, 0), (0, 1), (0, 2)}, {(0, 2)}, (0, 3)) == (0, 0)
 
 
 def test_score_aware_does_without_scores():
     aware = policy("score-aware:pool=global")
     aware.routed(0, [1, 3], None)
-    assert [aware.priority((0, e)) for e in range(5)] == [0, 0.25, 0, 0.25, 0]
+    assert aware.priorities([(0, e) for e in range(5)]) == [0, 0.25, 0, 0.25, 0]
 
 
 def test_multi_term_is_its_formula():
@@ -119,12 +119,12 @@ def test_multi_term_is_its_formula():
         for layer in (0, 1):
             weighed.routed(layer, experts, scores)
     # after two steps, standing at layer 1 of 2: layer 0 is one ahead, layer 1 none
-    assert weighed.priority((0, 0)) == pytest.approx(0.1 * 2 / 2 + 0.2 * 2 / 2 + 0.3 * 2 / 2 + 0.4 * 0.5)
+    assert weighed.priorities([(0, 0)])[0] == pytest.approx(0.1 * 2 / 2 + 0.2 * 2 / 2 + 0.3 * 2 / 2 + 0.4 * 0.5)
     # before expert 1 lies 0.5 of 1.0, then 0.5 of 0.8: within 0.6 once
-    assert weighed.priority((1, 1)) == pytest.approx(0.1 * 2 / 2 + 0.2 * 2 / 2 + 0.3 * 1 / 2 + 0.4)
-    assert weighed.priority((1, 2)) == pytest.approx(0.1 * 1 / 2 + 0.2 * 1 / 2 + 0.3 * 0 / 2 + 0.4)
+    assert weighed.priorities([(1, 1)])[0] == pytest.approx(0.1 * 2 / 2 + 0.2 * 2 / 2 + 0.3 * 1 / 2 + 0.4)
+    assert weighed.priorities([(1, 2)])[0] == pytest.approx(0.1 * 1 / 2 + 0.2 * 1 / 2 + 0.3 * 0 / 2 + 0.4)
     weighed.reset()
-    assert weighed.priority((0, 0)) == weighed.priority((0, 3))
+    assert weighed.priorities([(0, 0)])[0] == weighed.priorities([(0, 3)])[0]
 
 
 def test_first_share_counts_what_comes_before():

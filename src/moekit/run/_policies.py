@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,7 +12,7 @@ from moekit.run.policy import CachePolicy, Key
 
 @dataclass(kw_only=True, eq=False)
 class Priority(CachePolicy):
-    """Evicts the candidate of least :meth:`priority`; ties go to the lower layer, then the lower expert.
+    """Evicts the candidate of least priority; ties go to the lower layer, then the lower expert.
 
     ``pool`` is where candidates come from: the ``layer`` of the incoming expert, within its fair share, or everywhere
     (``global``).
@@ -22,14 +21,12 @@ class Priority(CachePolicy):
     pool: Literal["layer", "global"] = "layer"
 
     @abstractmethod
-    def priority(self, key: Key) -> Any:
-        """What compares: larger stays longer."""
+    def priorities(self, keys: list[Key]) -> list[Any]:
+        """One value per key, which compare: larger stays longer."""
 
     def victim(self, resident: Collection[Key], pinned: Collection[Key], incoming: Key) -> Key | None:
-        kept = set(pinned)
-        return min(
-            (key for key in resident if key not in kept), key=lambda key: (self.priority(key), key), default=None
-        )
+        candidates = [key for key in resident if key not in pinned]
+        return min(zip(self.priorities(candidates), candidates, strict=True))[1] if candidates else None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -51,23 +48,21 @@ class LRU(Priority):
         self._clock += 1
         self._last[key] = self._clock
 
-    def priority(self, key: Key) -> int:
-        return self._last.get(key, 0)
+    def priorities(self, keys: list[Key]) -> list[int]:
+        return [self._last.get(key, 0) for key in keys]
 
 
 @dataclass(kw_only=True, eq=False)
 class LFU(Priority):
     """Least frequently used, counting all requests seen so far, those of absent experts too; ties by recency."""
 
-    _uses: Counter[Key] = field(default_factory=Counter, init=False)
-    _last: dict[Key, int] = field(default_factory=dict, init=False)
+    _uses: dict[Key, tuple[int, int]] = field(default_factory=dict, init=False)  # how often, and when last
     _clock: int = field(default=0, init=False)
 
     def routed(self, layer: int, experts: Sequence[int], scores: Sequence[float] | None) -> None:
         self._clock += 1
-        for expert in experts:
-            self._uses[layer, expert] += 1
-            self._last[layer, expert] = self._clock
+        for key in ((layer, expert) for expert in experts):
+            self._uses[key] = self._uses.get(key, (0, 0))[0] + 1, self._clock
 
-    def priority(self, key: Key) -> tuple[int, int]:
-        return self._uses[key], self._last.get(key, 0)
+    def priorities(self, keys: list[Key]) -> list[tuple[int, int]]:
+        return [self._uses.get(key, (0, 0)) for key in keys]

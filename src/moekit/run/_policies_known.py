@@ -48,10 +48,9 @@ class Belady(CachePolicy):
             self._next[layer, expert] = follows
 
     def victim(self, resident: Collection[Key], pinned: Collection[Key], incoming: Key) -> Key | None:
-        kept, wanted = set(pinned), self._next
-        return max(
-            (key for key in resident if key not in kept), key=lambda key: (wanted.get(key, NEVER), key), default=None
-        )
+        candidates = [key for key in resident if key not in pinned]
+        following = [self._next.get(key, NEVER) for key in candidates]
+        return max(zip(following, candidates, strict=True))[1] if candidates else None
 
 
 class Pinned(CachePolicy):

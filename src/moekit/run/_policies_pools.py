@@ -51,9 +51,10 @@ class LayerPools(CachePolicy):
 
     def _within(self, layer: int, resident: Collection[Key], pinned: Collection[Key], incoming: Key) -> Key | None:
         """Only what the store says is resident: it may hold some back, such as experts still being read."""
-        inside = [key for key in self._layers[layer] if key in resident]
+        inside = self._layers[layer].intersection(resident)
         return self.inner.victim(inside, pinned, incoming) if inside else None
 
     def _share(self, layer: int, capacity: int) -> int:
-        weights = self.weights or dict.fromkeys(self._layers, 1.0)
-        return int(capacity * weights.get(layer, 0.0) / (sum(weights.values()) or 1.0) + 1e-9)
+        if self.weights is None:
+            return capacity // len(self._layers)
+        return int(capacity * self.weights.get(layer, 0.0) / (sum(self.weights.values()) or 1.0) + 1e-9)

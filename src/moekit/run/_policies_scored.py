@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
-
-import numpy as np
 
 from moekit.errors import OptionError
 from moekit.run._policies import Priority
@@ -50,9 +48,9 @@ class DecayedLFU(Priority):
     def evicted(self, key: Key) -> None:
         self._uses.pop(key, None)
 
-    def priority(self, key: Key) -> tuple[bool, float]:
-        uses = self._uses.get(key, 0.0)
-        return uses < self.threshold, uses
+    def priorities(self, keys: list[Key]) -> list[tuple[bool, float]]:
+        uses = [self._uses.get(key, 0.0) for key in keys]
+        return [(one < self.threshold, one) for one in uses]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -65,7 +63,7 @@ class ScoreAware(Priority):
 
     share: float = 0.5
     top: int = 0
-    _mean: dict[int, np.ndarray] = field(default_factory=dict, init=False)
+    _mean: dict[int, defaultdict[int, float]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1 or self.top < 0:
@@ -75,20 +73,16 @@ class ScoreAware(Priority):
 
     def routed(self, layer: int, experts: Sequence[int], scores: Sequence[float] | None) -> None:
         if scores is None:
-            score_E = np.zeros(max(experts, default=0) + 1)
-            score_E[list(experts)] = 1 / max(len(experts), 1)
+            top = {expert: 1 / len(experts) for expert in experts}
         else:
-            score_E = np.asarray(scores, dtype=np.float64).copy()
-            top = self.top or 2 * len(experts)
-            score_E[np.argsort(-score_E, kind="stable")[top:]] = 0
-        mean_E = self._mean.get(layer, np.zeros(0))
-        width = max(len(mean_E), len(score_E))
-        mean_E, score_E = (np.pad(a, (0, width - len(a))) for a in (mean_E, score_E))
-        self._mean[layer] = self.share * score_E + (1 - self.share) * mean_E
+            largest = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
+            top = {expert: scores[expert] for expert in largest[: self.top or 2 * len(experts)]}
+        mean = self._mean.setdefault(layer, defaultdict(float))
+        for expert in mean.keys() | top.keys():
+            mean[expert] += self.share * (top.get(expert, 0.0) - mean[expert])
 
-    def priority(self, key: Key) -> float:
-        mean_E = self._mean.get(key[0], ())
-        return float(mean_E[key[1]]) if key[1] < len(mean_E) else 0.0
+    def priorities(self, keys: list[Key]) -> list[float]:
+        return [self._mean[layer][expert] if layer in self._mean else 0.0 for layer, expert in keys]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -127,12 +121,18 @@ class MultiTerm(Priority):
         for expert in first_share(experts, scores, self.high):
             self._weighty[layer, expert] += 1
 
-    def priority(self, key: Key) -> float:
-        ahead = (key[0] - self._layer) % self._layers
-        records = (
-            self.recency * self._last.get(key, 0) + self.frequency * self._uses[key] + self.weighty * self._weighty[key]
-        )
-        return records / self._steps + self.nearness * (1 - ahead / self._layers)
+    def priorities(self, keys: list[Key]) -> list[float]:
+        near = [self.nearness * (1 - ((i - self._layer) % self._layers) / self._layers) for i in range(self._layers)]
+        return [
+            near[key[0] % self._layers]
+            + (
+                self.recency * self._last.get(key, 0)
+                + self.frequency * self._uses.get(key, 0)
+                + self.weighty * self._weighty.get(key, 0)
+            )
+            / self._steps
+            for key in keys
+        ]
 
 
 def first_share(experts: Sequence[int], scores: Sequence[float] | None, share: float) -> list[int]:

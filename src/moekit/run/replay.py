@@ -164,8 +164,9 @@ class _Replay:
         for key in keys:
             if self.ahead.pop(key, None) is not None:
                 self.counters.prefetch_hits += self.counts
+        pinned = set(keys)
         for key in missing:
-            if not self._admit(key, keys):
+            if not self._admit(key, pinned):
                 self.counters.bypassed += self.counts
         if self.counts:
             self.counters.lookups += len(keys)
@@ -175,9 +176,9 @@ class _Replay:
             self.counters.layer_hits[layer] += len(keys) - len(missing)
         if self.predictor is not None:
             self.predictor.observe(layer, request.experts)
-            self._read_ahead(request, layer, set(keys))
+            self._read_ahead(request, layer, pinned)
 
-    def _admit(self, key: Key, pinned: Sequence[Key] | set[Key]) -> bool:
+    def _admit(self, key: Key, pinned: set[Key]) -> bool:
         if len(self.resident) >= self.capacity:
             gone = self.policy.victim(self.resident, pinned, key)
             if gone is None:
