@@ -94,14 +94,14 @@ def write_shard(path: Path, tensors: dict[str, tuple[int, ...]], generator: torc
     return offset
 
 
-def timed_child(command: list[str]) -> tuple[float, float]:
-    """(wall seconds, peak resident GB) of a command, as the operating system accounts them."""
+def timed_child(command: list[str]) -> tuple[float, float, float]:
+    """(wall seconds, processor seconds, peak resident GB) of a command, as the operating system accounts them."""
     start = time.perf_counter()
     pid = os.posix_spawn(command[0], command, os.environ)
     _, status, usage = os.wait4(pid, 0)
     if code := os.waitstatus_to_exitcode(status):
         sys.exit(f"{' '.join(command)} ended with {code}")
-    return time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e9
+    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9
 
 
 def timed_copy(source: Path, target: Path) -> float:
@@ -138,11 +138,11 @@ def main() -> None:
     command = [str(Path(sys.executable).with_name("moekit")), "compress", str(source), "--text", str(calibration)]
     command += ["--max-tokens", str(args.max_tokens), "--max-ram", args.max_ram, "--output", str(output)]
     command += [word for method in methods for word in ("--with", method)]
-    seconds, peak = timed_child(command)
+    seconds, processor, peak = timed_child(command)
     written = sum(f.stat().st_size for f in output.glob("*.safetensors"))
     result = {
         "what": f"random weights at the true shapes of {name}: speed, memory and bytes only",
-        "machine": {"cpu": platform.processor() or platform.machine(), "threads": os.cpu_count()},
+        "machine": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
         "layers": layers,
         "methods": methods,
         "max_ram": args.max_ram,
@@ -150,6 +150,8 @@ def main() -> None:
         "output_gb": round(written / 1e9, 2),
         "seconds": round(seconds, 1),
         "seconds_per_layer": round(seconds / layers, 1),
+        "processor_seconds": round(processor, 1),
+        "processor_seconds_per_layer": round(processor / layers, 1),
         "peak_rss_gb": round(peak, 2),
         "copy_seconds": round(copy_seconds, 1),
         "ratio_to_copy": round(seconds / copy_seconds, 2),

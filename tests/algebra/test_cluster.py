@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moekit.algebra import kmeans, mean_cosine, objective_curve, pooled_counts, spectral, token_grams
+from moekit.algebra.cluster import _seeds
 from moekit.errors import BudgetError, OptionError
 
 
@@ -71,6 +72,21 @@ def test_close_to_the_best_grouping_there_is() -> None:
         assert found >= best * (1 - 1e-9)
         ratios.append(found / best)
     assert np.mean(ratios) < 1.1
+
+
+def test_seeds_are_drawn_by_distance_from_the_nearest() -> None:
+    """Against the rule written out; identical experts are taken in order once nothing is far from what is chosen."""
+    similar = mean_cosine(token_grams(outputs([0, 1, 2, 3, 0, 1, 2, 3], noise=0.3)))
+    for seed in range(20):
+        draw, found = np.random.default_rng(seed), _seeds(similar, 6, np.random.default_rng(seed))
+        chosen = [int(draw.integers(8))]
+        while len(chosen) < 6:
+            far = np.clip(1 - similar[:, chosen].max(axis=1), 0, None)
+            far[chosen] = 0
+            chosen.append(int(draw.choice(8, p=far / far.sum())))
+        assert found == chosen
+    same = _seeds(np.ones((5, 5)), 5, np.random.default_rng(0))
+    assert same[1:] == sorted(set(range(5)) - {same[0]})
 
 
 def test_rounds_are_capped_and_said_so() -> None:

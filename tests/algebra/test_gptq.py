@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moekit.algebra import Asymmetric, Symmetric, TernaryMinMax, gptq, round_to_nearest, second_moments
 from moekit.algebra.grids import Affine
-from moekit.algebra.moments import inverse_factors, weighted_error
+from moekit.algebra.moments import damped_factors, weighted_error
 from moekit.errors import OptionError
 
 GRIDS = [
@@ -132,15 +132,15 @@ def test_the_optimum_is_not_beaten_and_near() -> None:
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 12))
 def test_nearest_plane_bound(seed: int, columns: int) -> None:
-    """Where nothing is clipped, the error is at most sum_j (scale / 2)^2 / U_jj^2 per row."""
+    """Where nothing is clipped, the error is at most sum_j (scale / 2)^2 R_jj^2 per row."""
     weight, hessian = problem(2, 3, columns, 40, seed, 2)
     weight, hessian = weight.double(), hessian.double()
     found, report = gptq(weight, hessian, Roomy(), damping=0.0)
-    factor, _, worked = inverse_factors(hessian, 0.0)
+    factor, _, worked = damped_factors(hessian, 0.0)
     assert worked.all()
     assert ((found.codes > 0) & (found.codes < 255)).all()
     half = found.parameters["scales"].double()[..., 0] / 2
-    bound = (half**2).sum(-1) * (1 / factor.diagonal(dim1=1, dim2=2) ** 2).sum(-1)
+    bound = (half**2).sum(-1) * (factor.diagonal(dim1=1, dim2=2) ** 2).sum(-1)
     assert all(error <= float(limit) * (1 + 1e-6) for error, limit in zip(report.error, bound, strict=True))
 
 
@@ -163,6 +163,50 @@ def test_blocks_only_set_the_pace() -> None:
     weight, hessian = weight.double(), hessian.double()
     results = [gptq(weight, hessian, Asymmetric(bits=4, group_size=10), block=block)[0] for block in (1, 7, 24, 100)]
     assert all(same(results[0], other) for other in results[1:])
+
+
+def textbook(weight: torch.Tensor, hessian: torch.Tensor, grid: Asymmetric, damping: float) -> torch.Tensor:
+    """Codes of one matrix as the paper's pseudo-code makes them: the whole inverse, an update after every column."""
+    columns = weight.shape[1]
+    damped = hessian + damping * hessian.diagonal().mean() * torch.eye(columns, dtype=hessian.dtype)
+    upper = torch.linalg.cholesky(damped.inverse(), upper=True)
+    work, codes = weight.clone(), torch.empty(weight.shape, dtype=torch.uint8)
+    for at in range(columns):
+        if at % grid.group_size == 0:
+            points = grid.fit(work[:, at : at + grid.group_size])
+        codes[:, at : at + 1] = points.encode(work[:, at : at + 1])
+        error = (work[:, at] - points.decode(codes[:, at : at + 1])[:, 0]) / upper[at, at]
+        work[:, at:] -= error[:, None] * upper[at, at:]
+    return codes
+
+
+@pytest.mark.parametrize("columns", [70, 150])
+@pytest.mark.parametrize("group_size", [10, 64])
+def test_it_is_the_textbook_without_the_inverse(columns: int, group_size: int) -> None:
+    weight, hessian = (part.double() for part in problem(2, 6, columns, 300, rank=9))
+    grid = Asymmetric(bits=4, group_size=group_size)
+    found, report = gptq(weight, hessian, grid, damping=0.01)
+    assert report.fallbacks == {}
+    for expert in range(2):
+        assert torch.equal(found.codes[expert], textbook(weight[expert], hessian[expert], grid, 0.01))
+
+
+def test_single_precision_rounds_almost_as_double_does() -> None:
+    weight, hessian = problem(2, 16, 150, 40, rank=9)
+    grid = Asymmetric(bits=4, group_size=64)
+    single, double = gptq(weight, hessian, grid)[0], gptq(weight.double(), hessian.double(), grid)[0]
+    assert (single.codes != double.codes).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("columns", [3, 512, 1100])
+def test_the_weighted_error_is_the_trace(columns: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    difference = torch.randn(2, 3, columns, generator=draw, dtype=torch.float64)
+    x = torch.randn(2, 20, columns, generator=draw, dtype=torch.float64)
+    moments = x.mT @ x
+    expected = (difference @ moments @ difference.mT).diagonal(dim1=1, dim2=2).sum(1)
+    torch.testing.assert_close(weighted_error(difference, moments), expected)
+    assert weighted_error(difference, -moments).tolist() == [0.0, 0.0]
 
 
 def test_unit_token_weights_change_nothing() -> None:

@@ -1,62 +1,12 @@
-"""Planted outliers are found and nothing else, and smoothing leaves the function as it was."""
+"""Planted outlier channels are found and nothing else, and smoothing leaves the function as it was."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
-from moekit.algebra import channel_peaks, outlier_scales, smoothing_scales, super_experts
+from moekit.algebra import channel_peaks, outlier_scales, smoothing_scales
 from moekit.errors import OptionError
-
-
-def peaks(layers: int = 8, experts: int = 32, seed: int = 0) -> dict[int, np.ndarray]:
-    draw = np.random.default_rng(seed)
-    return {layer: draw.uniform(20, 40, size=experts) for layer in range(layers)}
-
-
-def test_the_planted_expert_is_found() -> None:
-    planted = peaks()
-    planted[2][7] = 3000
-    assert super_experts(planted, 8) == ((2, 7),)
-
-
-def test_late_layers_do_not_count() -> None:
-    planted = peaks()
-    planted[2][7], planted[6][1] = 3000, 90_000
-    assert super_experts(planted, 8) == ((2, 7),)
-    assert super_experts(planted, 8, depth=1.0) == ((6, 1),)
-    # Layers count over the whole model, dense ones included.
-    later = {layer + 8: peak for layer, peak in planted.items()}
-    assert super_experts(later, 16) == ((10, 7),)
-    assert super_experts(later, 20) == ((14, 1),)
-
-
-def test_equal_peaks_give_none() -> None:
-    assert super_experts({0: np.full(8, 50.0), 1: np.full(8, 50.0)}, 4) == ()
-    assert super_experts({}, 4) == ()
-    assert super_experts({3: np.ones(8)}, 4) == ()
-
-
-def test_both_conditions_are_strict_and_the_tenth_is_rounded_down() -> None:
-    flat = np.full(400, 1.0)
-    flat[0], flat[1] = 109.0, 10.0  # 109 // 10 = 10, and 10 is not above it
-    assert super_experts({0: flat}, 2) == ((0, 0),)
-    flat[1] = 10.5  # above 10, though below 10.9
-    assert super_experts({0: flat}, 2) == ((0, 0), (0, 1))
-    flat[1:4] = 10.5  # four of 400 are not all in the highest half per cent
-    assert super_experts({0: flat}, 2) == ((0, 0),)
-
-
-def test_unrouted_experts_count_in_the_percentile() -> None:
-    few = {0: np.array([100.0, 60.0])}
-    many = {0: np.concatenate([few[0], np.zeros(400)])}
-    assert super_experts(few, 2) == ((0, 0),)
-    assert super_experts(many, 2) == ((0, 0), (0, 1))
-
-
-def test_a_shared_expert_is_minus_one() -> None:
-    assert super_experts(peaks(), 8, shared={1: 5000.0}) == ((1, -1),)
 
 
 def test_smoothing_closed_form() -> None:
@@ -99,9 +49,6 @@ def test_nothing_to_smooth(peak: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: super_experts({4: np.ones(2)}, 4), "peaks of layer 4, but the model has layers 0 to 3"),
-        (lambda: super_experts({0: np.array([np.nan])}, 4), "finite and at least 0"),
-        (lambda: super_experts({0: np.ones(1)}, 4, shared={0: -1.0}), "finite and at least 0"),
         (lambda: smoothing_scales(torch.ones(2, 3), torch.ones(3, 2)), r"got \[2, 3\] and \[3, 2\]"),
         (lambda: smoothing_scales(torch.ones(2, 3), -torch.ones(2, 3)), "finite and at least 0"),
         (lambda: smoothing_scales(torch.ones(2, 3), torch.ones(2, 3), 1.5), "alpha=1.5 must lie between 0"),

@@ -74,8 +74,8 @@ def test_under_a_cap_fewer_batches_wait_and_nothing_is_read_ahead(saved, monkeyp
     streamed = StreamedModel(Checkpoint.open(folder), max_ram="64GB")
     expected = list(streamed.forward([inputs] * 3))
     parked = module.footprint.parked_bytes(streamed.model.config, inputs, 4)
-    running = module.footprint.running_bytes(streamed.model.config, inputs, 4, True)
-    monkeypatch.setattr(module.memory.Cap, "room", lambda self: streamed.weight_bytes(running) + 2 * parked)
+    fixed = streamed.needed_bytes(inputs) - parked
+    monkeypatch.setattr(module.memory.Cap, "room", lambda self: fixed + 2 * parked)
     assert [len(group) for group in streamed._groups([inputs] * 3, True)] == [2, 1]
     assert not streamed._reads_ahead([inputs] * 2, True)
     found = list(streamed.forward([inputs] * 3))

@@ -54,7 +54,7 @@ from moekit.algebra.grids import (
 )
 from moekit.algebra.moments import second_moments, weighted_error
 from moekit.algebra.neurons import NeuronMap, assign_neurons, merge_neurons
-from moekit.algebra.outliers import channel_peaks, outlier_scales, smoothing_scales, super_experts
+from moekit.algebra.outliers import channel_peaks, outlier_scales, smoothing_scales
 from moekit.algebra.planes import Planes, nested
 from moekit.algebra.rank import best, share_to_count
 from moekit.algebra.stored import as_codes, as_planes, as_ternary
@@ -106,7 +106,6 @@ __all__ = [
     "shared_rows_parameters",
     "smoothing_scales",
     "spectral",
-    "super_experts",
     "token_grams",
     "weighted_error",
 ]

@@ -148,12 +148,13 @@ def _seeds(similarity_EE: np.ndarray, count: int, draw: np.random.Generator) -> 
     """k-means++: each next expert with a chance in proportion to its distance from the nearest one chosen."""
     experts = len(similarity_EE)
     chosen = [int(draw.integers(experts))]
+    nearest_E, free_E = similarity_EE[:, chosen[0]].copy(), np.ones(experts, dtype=bool)
     while len(chosen) < count:
-        distance_E = np.clip(1.0 - similarity_EE[:, chosen].max(axis=1), 0.0, None)
-        distance_E[chosen] = 0.0
+        free_E[chosen[-1]] = False
+        distance_E = np.where(free_E, np.clip(1.0 - nearest_E, 0.0, None), 0.0)
         total = distance_E.sum()
-        free = np.setdiff1d(np.arange(experts), chosen)
-        chosen.append(int(draw.choice(experts, p=distance_E / total)) if total > 0 else int(free[0]))
+        chosen.append(int(draw.choice(experts, p=distance_E / total)) if total > 0 else int(np.argmax(free_E)))
+        np.maximum(nearest_E, similarity_EE[:, chosen[-1]], out=nearest_E)
     return chosen
 
 
@@ -190,7 +191,7 @@ def _means(label_E: np.ndarray, count: int) -> np.ndarray:
 
 def _objective(total_EE: np.ndarray, label_E: np.ndarray, means_ME: np.ndarray) -> float:
     """``sum_c sum_(j in c) ||Y_j - C_c||^2`` = ``sum_j |Y_j|^2 - sum_c n_c |C_c|^2``."""
-    centroid_M = np.einsum("me,ef,mf->m", means_ME, total_EE, means_ME)
+    centroid_M = ((means_ME @ total_EE) * means_ME).sum(axis=1)
     return max(0.0, float(np.trace(total_EE) - np.bincount(label_E) @ centroid_M))
 
 

@@ -3,6 +3,9 @@
 One engine for every grid (Frantar et al., GPTQ, 2023; the batched form and its fallback: Frantar and Alistarh, QMoE,
 2023). With U^T U = (H + damping)^-1, U upper triangular, the error of columns B, E = (W_B - Q_B) U_BB^-1, is taken
 out of the later columns: W_later -= E U_B,later. This minimises tr((W - Q) H (W - Q)^T) over the later columns exactly.
+Here a block of columns is brought up to date when its turn comes, with R = U^-1, R R^T = H + damping: of all errors
+before it, W_B += (W - Q)_before R_before,B R_BB^-1, which is the same and needs no inverse of H or R. Only the small
+diagonal blocks of R are inverted, for the columns inside one.
 Shapes by suffix: E experts, R output rows, C input columns; inside, weights lie column-major as [E, C, R].
 """
 
@@ -16,13 +19,15 @@ import torch
 from torch import Tensor
 
 from moekit.algebra.grids import Grid, Points, Rounded, checked, group_bounds, round_to_nearest, stack_parameters
-from moekit.algebra.moments import inverse_factors, weighted_error
+from moekit.algebra.moments import damped_factors, weighted_error
 from moekit.errors import OptionError
 
 WORK_BYTES = 2**29
 """How much the experts treated at once may need; the result does not depend on it."""
 PACE = 64
-"""With full feedback, columns between two updates of all later ones: an update per column would read them all."""
+"""With full feedback, columns that are brought up to date together: an update per column would read all before it."""
+STRIDE = 16
+"""Columns between two updates of the rest of their block."""
 
 
 @dataclass(frozen=True)
@@ -85,21 +90,23 @@ def _some(
 ) -> tuple[Rounded, GptqReport]:
     experts = len(weight_ERC)
     plain = round_to_nearest(weight_ERC, grid)
-    factor, used, worked = inverse_factors(moments, damping)
+    factor, used, worked = damped_factors(moments, damping)
     result = plain
     if columns or blocks:
-        result = _sweep(weight_ERC, factor.to(weight_ERC.dtype), grid, block, columns, blocks)
-    sane = torch.where(worked[:, None, None], moments, 0.0)
+        result = _sweep(weight_ERC, factor, grid, block, columns, blocks)
+    del factor
+    sane = moments if worked.all() else torch.where(worked[:, None, None], moments, 0.0)
     error, rounding = (weighted_error(weight_ERC - r.weight, sane) for r in (result, plain))
     worked, used = worked.expand(experts), used.expand(experts)
     back = ~worked | (error > rounding)
     fallbacks = {int(e): _reason(moments[min(int(e), len(moments) - 1)], bool(worked[e])) for e in back.nonzero()[:, 0]}
-    pick = back[:, None, None]
-    result = Rounded(
-        torch.where(pick, plain.codes, result.codes),
-        {name: torch.where(pick, plain.parameters[name], tensor) for name, tensor in result.parameters.items()},
-        torch.where(pick, plain.weight, result.weight),
-    )
+    if fallbacks:
+        pick = back[:, None, None]
+        result = Rounded(
+            torch.where(pick, plain.codes, result.codes),
+            {name: torch.where(pick, plain.parameters[name], tensor) for name, tensor in result.parameters.items()},
+            torch.where(pick, plain.weight, result.weight),
+        )
     error = torch.where(back, rounding, error)
     dead = (moments.diagonal(dim1=-2, dim2=-1) == 0).sum(-1).expand(experts)
     return result, GptqReport(
@@ -119,30 +126,67 @@ def _reason(moments_CC: Tensor, worked: bool) -> str:
 
 def _sweep(weight_ERC: Tensor, factor_ECC: Tensor, grid: Grid, block: int, columns: bool, blocks: bool) -> Rounded:
     """The pass over the columns; where the factor is diagonal it is rounding to nearest, bit for bit."""
-    work_ECR = weight_ERC.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-    value_ECR = torch.empty_like(work_ECR, dtype=torch.float32)
-    code_ECR = torch.empty_like(work_ECR, dtype=torch.uint8)
+    given_ECR = weight_ERC.transpose(1, 2).contiguous()
+    error_ECR, value_ECR = torch.empty_like(given_ECR), torch.empty_like(given_ECR, dtype=torch.float32)
+    code_ECR = torch.empty_like(given_ECR, dtype=torch.uint8)
     fitted: list[Points] = []
-    for start, stop, pieces in _blocks(grid, work_ECR.shape[1], block, columns and blocks):
-        before = work_ECR[:, start:stop].clone()
+    for start, stop, pieces in _blocks(grid, given_ECR.shape[1], block, columns and blocks):
+        # A group may go on beyond its block, and is fitted whole.
+        reach = max(stop, *(group_end for _, _, group_end in pieces))
+        work_ESR = given_ECR[:, start:reach].clone()
+        if blocks and start:
+            work_ESR += _correction(factor_ECC[:, :reach, start:reach], error_ECR[:, :start])
+        ratio_ESS = _ratios(factor_ECC[:, start:stop, start:stop]).to(given_ECR.dtype) if columns else None
         for first, last, group_end in pieces:
             if group_end:
-                fitted.append(grid.fit(work_ECR[:, first:group_end].transpose(1, 2)))
-            step = 1 if columns else last - first
-            for at in range(first, last, step):
-                run = slice(at, at + step)
-                code_ECR[:, run] = fitted[-1].encode(work_ECR[:, run].transpose(1, 2)).transpose(1, 2)
-                value_ECR[:, run] = fitted[-1].decode(code_ECR[:, run].transpose(1, 2)).transpose(1, 2)
-                if columns and at + 1 < stop:
-                    error = (work_ECR[:, run] - value_ECR[:, run]) / factor_ECC[:, at, at, None, None]
-                    work_ECR[:, at + 1 : stop].addcmul_(factor_ECC[:, at, at + 1 : stop, None], error, value=-1)
-        if blocks and stop < work_ECR.shape[1]:
-            corner = factor_ECC[:, start:stop, start:stop].transpose(1, 2)
-            error = torch.linalg.solve_triangular(corner, before - value_ECR[:, start:stop], upper=False)
-            work_ECR[:, stop:] -= factor_ECC[:, start:stop, stop:].transpose(1, 2) @ error
+                fitted.append(grid.fit(work_ESR[:, first - start : group_end - start].transpose(1, 2)))
+            run = slice(first - start, last - start)
+            code, value = code_ECR[:, first:last], value_ECR[:, first:last]
+            if ratio_ESS is None:
+                _round(fitted[-1], work_ESR[:, run], code, value)
+            else:
+                _round_columns(fitted[-1], work_ESR[:, : stop - start], ratio_ESS, run, code, value)
+        error_ECR[:, start:stop] = given_ECR[:, start:stop] - value_ECR[:, start:stop]
     return Rounded(
         code_ECR.transpose(1, 2).contiguous(), stack_parameters(fitted), value_ECR.transpose(1, 2).contiguous()
     )
+
+
+def _correction(factor_ECS: Tensor, error_EDR: Tensor) -> Tensor:
+    """What the errors of the first D columns ask of the S columns that end the factor's C: [E, S, R]."""
+    done = error_EDR.shape[1]
+    pull_ESR = factor_ECS[:, :done].to(error_EDR.dtype).transpose(1, 2) @ error_EDR
+    corner = factor_ECS[:, done:].to(error_EDR.dtype).transpose(1, 2)
+    return torch.linalg.solve_triangular(corner, pull_ESR, upper=False)
+
+
+def _round_columns(
+    points: Points, work_ESR: Tensor, ratio_ESS: Tensor, run: slice, code_ENR: Tensor, value_ENR: Tensor
+) -> None:
+    """Round the columns ``run`` of a block one by one, each error taken out of the block's later columns."""
+    for first in range(run.start, run.stop, STRIDE):
+        last = min(first + STRIDE, run.stop)
+        error_ENR = torch.empty_like(work_ESR[:, first:last])
+        for at in range(first, last):
+            one, out = slice(at, at + 1), slice(at - run.start, at - run.start + 1)
+            _round(points, work_ESR[:, one], code_ENR[:, out], value_ENR[:, out])
+            error = torch.sub(work_ESR[:, one], value_ENR[:, out], out=error_ENR[:, at - first : at - first + 1])
+            work_ESR[:, at + 1 : last].addcmul_(ratio_ESS[:, at, at + 1 : last, None], error, value=-1)
+        work_ESR[:, last:] -= ratio_ESS[:, first:last, last:].transpose(1, 2) @ error_ENR
+
+
+def _round(points: Points, work_ENR: Tensor, code_ENR: Tensor, value_ENR: Tensor) -> None:
+    """Codes and values of some columns of one group."""
+    codes = points.encode(work_ENR.transpose(1, 2))
+    code_ENR[:] = codes.transpose(1, 2)
+    value_ENR[:] = points.decode(codes).transpose(1, 2)
+
+
+def _ratios(upper_ESS: Tensor) -> Tensor:
+    """The rows of a triangular inverse, each divided by its diagonal: what an error is multiplied by."""
+    same = torch.eye(upper_ESS.shape[-1], dtype=upper_ESS.dtype, device=upper_ESS.device)
+    inverse = torch.linalg.solve_triangular(upper_ESS, same.expand_as(upper_ESS), upper=True)
+    return inverse * upper_ESS.diagonal(dim1=-2, dim2=-1)[..., None]
 
 
 def _blocks(

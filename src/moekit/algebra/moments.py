@@ -6,12 +6,16 @@ Shapes by suffix: T tokens, C input columns, R output rows; leading axes (expert
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from moekit.errors import OptionError
 
 MAX_DAMPING = 1.0
+PANEL = 512
+"""Columns of moments multiplied at once."""
 
 
 def second_moments(x_TC: Tensor, weight_T: Tensor | None = None) -> Tensor:
@@ -35,43 +39,52 @@ def second_moments(x_TC: Tensor, weight_T: Tensor | None = None) -> Tensor:
 
 
 def weighted_error(difference: Tensor, moments: Tensor) -> Tensor:
-    """``tr(D M D^T)`` of differences [..., R, C] under moments [..., C, C]: float64 [...], never negative."""
-    return ((difference @ moments.to(difference.dtype)) * difference).sum((-2, -1), dtype=torch.float64).clamp_min(0.0)
+    """``tr(D M D^T)`` of differences [..., R, C] under moments [..., C, C]: float64 [...], never negative.
+
+    M is symmetric, so of the blocks of columns that meet off its diagonal one side is computed and counted twice.
+    """
+    moments, columns = moments.to(difference.dtype), difference.shape[-1]
+    total = difference.new_zeros(difference.shape[:-2], dtype=torch.float64)
+    for start in range(0, columns, PANEL):
+        run = slice(start, start + PANEL)
+        half = difference[..., run] @ moments[..., run, run]
+        if start:
+            half += 2 * (difference[..., :start] @ moments[..., :start, run])
+        total = total + (half * difference[..., run]).sum((-2, -1), dtype=torch.float64)
+    return total.clamp_min(0.0)
 
 
-def inverse_factors(moments: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Upper triangular U [B, C, C] with ``U^T U = (M + damping * mean(diag M) * I)^-1`` for moments [B, C, C].
+def damped_factors(moments: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Upper triangular R [B, C, C] with ``R R^T = M + damping * mean(diag M) * I`` for moments [B, C, C].
 
     Where the damped moments are not positive definite, the damping grows tenfold (from at least 1e-6) up to 1. Returns
-    U in float64, the damping used [B] and whether it worked [B]; where it did not, U is the identity. A column that no
+    R in float64, the damping used [B] and whether it worked [B]; where it did not, R is the identity. A column that no
     input touched gets its variance from the damping, or 1 where the damping is 0: nothing flows in or out of it.
-    One Cholesky factor of the reversed matrix and its triangular inverse, so that no explicit inverse is formed.
+    R is the inverse of the upper Cholesky factor of the damped inverse, which is never formed.
     """
-    wide = moments.to(torch.float64)
-    diagonal = wide.diagonal(dim1=-2, dim2=-1)
+    diagonal = moments.diagonal(dim1=-2, dim2=-1).to(torch.float64)
     dead = diagonal == 0
-    used = torch.full(wide.shape[:1], float(damping), dtype=torch.float64, device=wide.device)
-    usable = torch.isfinite(wide).all(-1).all(-1) & ~dead.all(-1)
-    factors = torch.eye(wide.shape[-1], dtype=torch.float64, device=wide.device).expand_as(wide).clone()
-    todo, level = usable.nonzero()[:, 0], float(damping)
+    used = torch.full(moments.shape[:1], float(damping), dtype=torch.float64, device=moments.device)
+    usable = torch.isfinite(moments).flatten(1).all(1) & ~dead.all(-1)
+    todo, level, made = usable.nonzero()[:, 0], float(damping), {}
     while len(todo):
         extra = level * diagonal[todo].mean(-1, keepdim=True) + (dead[todo] if level == 0 else 0.0)
-        lower, info = torch.linalg.cholesky_ex(
-            (wide[todo] + torch.diag_embed(extra.expand_as(dead[todo]))).flip(-2, -1)
-        )
-        found = (info == 0) & torch.isfinite(lower).all(-1).all(-1)
+        turned = moments[todo].to(torch.float64).flip(-2, -1)
+        turned.diagonal(dim1=-2, dim2=-1).add_(extra.expand_as(dead[todo]).flip(-1))
+        lower, info = torch.linalg.cholesky_ex(turned)
+        found = (info == 0) & torch.isfinite(lower.diagonal(dim1=-2, dim2=-1)).all(-1)
         used[todo] = level
-        if found.any():
-            factors[todo[found]] = _invert_upper(lower[found].flip(-2, -1))
+        made |= {int(todo[at]): lower[at] for at in found.nonzero()[:, 0].tolist()}
         todo = todo[~found]
         if level >= MAX_DAMPING:
             break
         level = min(max(level * 10, 1e-6), MAX_DAMPING)
     worked = usable.clone()
     worked[todo] = False
-    return factors, used, worked
+    return _upper(made, moments), used, worked
 
 
-def _invert_upper(upper: Tensor) -> Tensor:
-    same = torch.eye(upper.shape[-1], dtype=upper.dtype, device=upper.device).expand_as(upper)
-    return torch.linalg.solve_triangular(upper, same, upper=True)
+def _upper(lower: Mapping[int, Tensor], like: Tensor) -> Tensor:
+    """The factors turned back, the identity in the place of those that are not there."""
+    same = torch.eye(like.shape[-1], dtype=torch.float64, device=like.device)
+    return torch.stack([lower[at].flip(-2, -1) if at in lower else same for at in range(len(like))])

@@ -1,52 +1,14 @@
-"""Outliers of activations: the few experts that make them, and scales that move them from activations into weights.
+"""Outliers of activations: scales that move them from activations into weights.
 
-Shapes by suffix: L layers, E experts, N consumers of one input, R output rows, C channels.
+Shapes by suffix: N consumers of one input, R output rows, C channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import numpy as np
 import torch
 from torch import Tensor
 
 from moekit.errors import OptionError
-
-SHARED = -1
-"""The id under which a shared expert is reported."""
-
-
-def super_experts(
-    peaks: Mapping[int, np.ndarray],
-    num_layers: int,
-    *,
-    shared: Mapping[int, float] | None = None,
-    percentile: float = 99.5,
-    depth: float = 0.75,
-) -> tuple[tuple[int, int], ...]:
-    """The (layer, expert) pairs whose outputs carry the massive activations, ascending; often none.
-
-    ``peaks[layer]`` [E] is the largest absolute value of each expert's unweighted down projection over tokens and
-    channels, 0 for one never routed to; ``shared`` that of a layer's shared expert, whose id is then -1. Of the layers
-    below ``round(depth * num_layers)``, counted over the whole model, an expert qualifies (Super Experts, 2025, as in
-    its code) with a peak above the ``percentile`` of them all and above a tenth of the largest, rounded down:
-    ``max // 10``. Both are strict, so equal peaks give none. Raises :class:`OptionError` on peaks that are negative or
-    not finite and on layers outside the model.
-    """
-    everything = {(layer, e): float(p) for layer, peak_E in peaks.items() for e, p in enumerate(np.asarray(peak_E))}
-    everything |= {(layer, SHARED): float(peak) for layer, peak in (shared or {}).items()}
-    outside = [layer for layer, _ in everything if not 0 <= layer < num_layers]
-    if outside:
-        raise OptionError(f"peaks of layer {outside[0]}, but the model has layers 0 to {num_layers - 1}")
-    if any(not np.isfinite(peak) or peak < 0 for peak in everything.values()):
-        raise OptionError("peaks of expert outputs must be finite and at least 0")
-    counted = {key: peak for key, peak in everything.items() if key[0] < round(depth * num_layers)}
-    if not counted:
-        return ()
-    values = np.array(list(counted.values()))
-    least = max(float(np.percentile(values, percentile)), float(values.max() // 10))
-    return tuple(sorted(key for key, peak in counted.items() if peak > least))
 
 
 def channel_peaks(weight: Tensor) -> Tensor:

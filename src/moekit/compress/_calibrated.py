@@ -26,8 +26,10 @@ DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)
 what they happen to show does harm: down projections calibrated at the usual 0.01 on as many tokens as columns came out
 worse than rounded to nearest on other text of the embedded model, and better once damped by a quarter of K / N."""
 CHUNK_BYTES = 2**24
-"""Of second moments held at once: one large expert or many small ones. Factors, weights and what rounding works on take
-some twenty times as much."""
+"""Of second moments held at once: many small experts, or up to :data:`TOGETHER` large ones in four times as much.
+Factors, weights and what rounding works on take some ten times as much."""
+TOGETHER = 3
+"""Large experts that are rounded together: one alone spends its time on calls, a column each."""
 FEW = 16
 """Tokens below which an expert is named as having seen little."""
 
@@ -125,7 +127,7 @@ def _calibrated(
 ) -> tuple[Bank, str]:
     account, banks = _Account(), []
     kind = {"weighted": feedback.weighted, "lend": feedback.lend}
-    for moments in expert_moments(sample, bank, **kind, max_bytes=CHUNK_BYTES):
+    for moments in expert_moments(sample, bank, **kind, max_bytes=chunk_bytes(bank)):
         found: dict[int, dict[str, Rounded]] = {e: {} for e in moments.experts}
         for name, hessian_CKK in zip(PARTS, (moments.input_CHH, moments.unit_CII), strict=True):
             for grid, damping, places in _alike(moments, grids, feedback, hessian_CKK.shape[-1], len(sample)):
@@ -143,6 +145,12 @@ def _calibrated(
                     found[e][name] = made.expert(index)
         banks.append(make(moments.experts, [found[e] for e in moments.experts]))
     return joined(banks), account.text(sample, feedback.lend)
+
+
+def chunk_bytes(bank: DenseBank) -> int:
+    """What the second moments of the experts that are treated together may take."""
+    one = 4 * (bank.hidden_size**2 + bank.intermediate_size**2)
+    return max(CHUNK_BYTES, min(TOGETHER * one, 4 * CHUNK_BYTES))
 
 
 def _alike(

@@ -36,8 +36,8 @@ def parked_bytes(config: PretrainedConfig, batch: Mapping[str, Any], itemsize: i
     return rows * length * hidden * itemsize * _PARKED_COPIES + 2 * rows * length * length
 
 
-def running_bytes(config: PretrainedConfig, batch: Mapping[str, Any], itemsize: int, logits: bool) -> int:
-    """Bytes the batch that runs takes on top: attention, expert slots and their observation, and its logits."""
+def running_bytes(config: PretrainedConfig, batch: Mapping[str, Any], itemsize: int) -> int:
+    """Bytes the batch that runs takes on top in a layer: attention, expert slots and their observation."""
     text = config.get_text_config()
     rows, length = shape(batch)
     hidden = _size(text, "hidden_size", "d_model", default=1024)
@@ -49,5 +49,16 @@ def running_bytes(config: PretrainedConfig, batch: Mapping[str, Any], itemsize: 
     # Gathered inputs, hidden units and outputs of every slot; then the same outputs observed, and widened to float32.
     routed = slots * (itemsize * (3 * inner + 4 * hidden) + 4 * hidden)
     attention = min(rows, 1) * heads * length * length * max(itemsize, 4)
-    head = _size(text, "vocab_size", default=32000) * (itemsize + 4) if logits else 0
-    return rows * length * (stream + routed + head) + attention
+    return rows * length * (stream + routed) + attention
+
+
+def head_bytes(config: PretrainedConfig, batch: Mapping[str, Any], itemsize: int, last_only: bool) -> int:
+    """Bytes the batch that runs takes on top in the head: its logits, of every position or of the last, as they are
+    and in float32."""
+    text = config.get_text_config()
+    rows, length = shape(batch)
+    hidden = _size(text, "hidden_size", "d_model", default=1024)
+    positions = rows if last_only else rows * length
+    return rows * length * 2 * hidden * max(itemsize, 4) + positions * _size(text, "vocab_size", default=32000) * (
+        itemsize + 4
+    )

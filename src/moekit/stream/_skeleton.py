@@ -63,11 +63,15 @@ def forget(module: nn.Module) -> None:
             inner.to("meta")
 
 
+def keeps_last(model: PreTrainedModel) -> bool:
+    """Whether the model can be asked for the logits of the last position alone."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
 def call(model: PreTrainedModel, batch: dict[str, Any], device: torch.device, logits: bool) -> Callable[[], Tensor]:
     """``model(**batch)`` as a function of nothing that returns the logits."""
-    accepted = inspect.signature(model.forward).parameters
     extra: dict[str, Any] = {"use_cache": False} if "use_cache" not in batch else {}
-    if not logits and "logits_to_keep" in accepted:
+    if not logits and keeps_last(model):
         extra["logits_to_keep"] = 1
 
     def run() -> Tensor:

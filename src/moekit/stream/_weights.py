@@ -57,7 +57,7 @@ class Weights:
         self.model, self.source, self.device, self.where = model, source, device, where
         self.meta: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
         self._mapping = get_model_conversion_mapping(model)
-        self._sources, self.ignored = self._group()
+        self._sources, self._converted, self.ignored = self._group()
         self._tied = dict(getattr(model, "all_tied_weights_keys", {}))
         self._lock = threading.Lock()
         dtype = model.dtype
@@ -68,20 +68,23 @@ class Weights:
             device_map={"": device},
         )
 
-    def _group(self) -> tuple[dict[str, list[str]], list[str]]:
-        """State-dict key -> the stored tensors it is made of; and the stored tensors this model has no place for."""
+    def _group(self) -> tuple[dict[str, list[str]], set[str], list[str]]:
+        """State-dict key -> the stored tensors it is made of; the keys that more than a name is changed of; and the
+        stored tensors this model has no place for."""
         renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
         prefix, sources, ignored = self.model.base_model_prefix, dict[str, list[str]](), list[str]()
+        converted: set[str] = set()
         for name in sorted(self.source.names(), key=dot_natural_key):
-            key, _ = rename_source_key(name, renamings, converters, prefix, self.meta)
+            key, pattern = rename_source_key(name, renamings, converters, prefix, self.meta)
             if key not in self.meta and name in self.meta:
-                key, _ = rename_source_key(name, [], [], prefix, self.meta)
+                key, pattern = rename_source_key(name, [], [], prefix, self.meta)
             if key in self.meta:
                 sources.setdefault(key, []).append(name)
+                converted |= set() if pattern is None else {key}
             else:
                 ignored.append(name)
-        return sources, ignored
+        return sources, converted, ignored
 
     def _origin(self, key: str) -> str:
         """The key that is stored: ``key`` itself, or the one it shares its tensor with."""
@@ -100,8 +103,8 @@ class Weights:
         with self._lock, _quiet():
             keys = list(keys)
             origins = {key: self._origin(key) for key in keys}
-            for names in self._bites(dict.fromkeys(origins.values())):
-                pending = {name: _Pending(self.source, name) for name in names}
+            for bite in self._bites(dict.fromkeys(origins.values())):
+                pending = {name: _Pending(self.source, name) for key in bite for name in self._sources[key]}
                 info, _ = convert_and_load_state_dict_in_model(self.model, pending, self._config)
                 self._check(info)
             for key, origin in origins.items():
@@ -122,17 +125,21 @@ class Weights:
             _assign(self.model, key, self.meta[key])
 
     def _bites(self, keys: Iterable[str]) -> Iterator[list[str]]:
-        """The stored tensors of ``keys``, a few parameters at a time."""
+        """Those of ``keys`` that are stored, a few at a time."""
         bite, size = list[str](), 0
         for key in keys:
-            names = self._sources.get(key, [])
-            more = sum(self.source.nbytes(name) for name in names)
+            if key not in self._sources:
+                continue
+            more = self._read_bytes(key)
             if bite and size + more > BITE:
                 yield bite
                 bite, size = [], 0
-            bite, size = bite + names, size + more
+            bite, size = [*bite, key], size + more
         if bite:
             yield bite
+
+    def _read_bytes(self, key: str) -> int:
+        return sum(self.source.nbytes(name) for name in self._sources[key])
 
     def _check(self, info: Any) -> None:
         for key, found, expected in sorted(info.mismatched_keys):
@@ -146,18 +153,31 @@ class Weights:
 
     def resident_bytes(self, keys: Iterable[str]) -> int:
         """Bytes ``keys`` take once loaded."""
-        tensors = {id(self.meta[key]): self.meta[key] for key in keys}
-        return sum(t.numel() * t.element_size() for t in tensors.values())
+        return sum(self._size(key) for key in {id(self.meta[key]): key for key in keys}.values())
 
-    def transient_bytes(self, keys: Iterable[str]) -> int:
-        """Most bytes beyond :meth:`resident_bytes` while loading.
+    def loading_bytes(self, keys: Iterable[str]) -> int:
+        """Most bytes held while ``keys`` are loaded, themselves included: what was made before, and one bite with what
+        it is made of."""
+        held = most = 0
+        for bite in self._bites(dict.fromkeys(self._origin(key) for key in keys)):
+            most = max(most, held + sum(self._making_bytes(key) for key in bite))
+            held += sum(self._made_bytes(key) for key in bite)
+        return most
 
-        Each step of a conversion holds what it reads and what it makes, so two copies of the largest bite, one of
-        which is the parameter itself.
-        """
-        origins = dict.fromkeys(self._origin(key) for key in keys)
-        bites = [sum(self.source.nbytes(name) for name in names) for names in self._bites(origins)]
-        return max(bites, default=0)
+    def _making_bytes(self, key: str) -> int:
+        """Each step of a conversion holds what it works on, already in the wanted dtype, and what it makes; a tensor
+        that is only cast is there twice, one that only gets another name once."""
+        made, read = self._made_bytes(key), self._read_bytes(key)
+        if key in self._converted:
+            return 2 * made
+        return made if read == made else made + read
+
+    def _made_bytes(self, key: str) -> int:
+        """Of the parameter, and of others that are cut from the same stored tensor."""
+        return max(self._size(key), self._read_bytes(key)) if key in self._converted else self._size(key)
+
+    def _size(self, key: str) -> int:
+        return self.meta[key].numel() * self.meta[key].element_size()
 
 
 def _tensor(model: nn.Module, key: str) -> Tensor:

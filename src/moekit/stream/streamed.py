@@ -15,7 +15,7 @@ from moekit.stream import _footprint as footprint
 from moekit.stream import memory
 from moekit.stream._anatomy import anatomy
 from moekit.stream._lockstep import Batch, walk
-from moekit.stream._skeleton import CheckpointSource, call, forget, live_skeleton
+from moekit.stream._skeleton import CheckpointSource, call, forget, keeps_last, live_skeleton
 from moekit.stream._weights import Weights, keys_under
 
 USUAL_BATCH = (4, 512)
@@ -63,6 +63,12 @@ class StreamedModel:
         self._layer_keys = [keys_under(self.weights.meta, name) for name in parts.layers]
         self._around = self._own_keys(parts.around)
         self._outside = {module: self._own_keys({name: module}) for name, module in parts.outside.items()}
+        # The head is as large as a layer: the batches wait before it too, so that the last layer can go first.
+        self._head = next((m for m in self._outside if m is self.model.get_output_embeddings()), None)
+        self._stops, self._stop_keys = list(self.layers), list(self._layer_keys)
+        if self._head is not None:
+            self._stops.append(self._head)
+            self._stop_keys.append(self._outside.pop(self._head))
         self._itemsize = self.model.dtype.itemsize
         usual = {"input_ids": torch.empty(USUAL_BATCH, dtype=torch.int64, device="meta")}
         self.cap.require(self.weight_bytes(), "the largest layer", named=self.needed_bytes(usual, logits=False))
@@ -72,32 +78,47 @@ class StreamedModel:
         own = [f"{name}.{key}".lstrip(".") for name, m in modules.items() for key in [*m._parameters, *m._buffers]]
         return [key for key in own if key in self.weights.meta]
 
-    def weight_bytes(self, running: int = 0, ahead: bool = False) -> int:
-        """The most bytes a pass holds besides the batches that wait: a layer, and the head that follows the last one,
-        and either the copies made while loading or what the ``running`` batch takes.
+    def weight_bytes(self, running: int = 0, head: int = 0, ahead: bool = False) -> int:
+        """The most bytes a pass holds besides the batches that wait, when the one that runs takes ``running`` in a
+        layer and ``head`` in the head; with a second layer where layers are read ``ahead``.
 
-        Both at once, and a second layer, where layers are read ``ahead``. An edit is over before a batch runs.
+        A layer is loaded, then edited, and only then anything runs through it: one at a time, unless read ahead.
         """
-        resident, transient = self.weights.resident_bytes, self.weights.transient_bytes
-        layer = max(map(resident, self._layer_keys), default=0)
+        resident, loading = self.weights.resident_bytes, self.weights.loading_bytes
+        if self._head is None:
+            running = max(running, head)
+        works = [max(running, self.edit_bytes)] * len(self.layers) + [head]
         beside = max(map(resident, self._outside.values()), default=0) + resident(self._around)
-        loading = max(map(transient, [*self._layer_keys, *self._outside.values()]), default=0)
-        running = max(running, self.edit_bytes)
-        return beside + (2 * layer + loading + running if ahead else layer + max(loading, running))
+        steps = [(resident(keys), loading(keys), work) for keys, work in zip(self._stop_keys, works, strict=False)]
+        if ahead:
+            return beside + sum(max(step) for step in zip(*steps, strict=True))
+        alone = max(map(loading, self._outside.values()), default=0)
+        return max(
+            beside + max((weights + work for weights, _, work in steps), default=0),
+            resident(self._around) + max([alone, *(coming for _, coming, _ in steps)]),
+        )
 
     def needed_bytes(self, batch: Batch, logits: bool = True) -> int:
         """The most bytes a pass of this one batch holds, beyond what is resident before it."""
-        running = footprint.running_bytes(self.model.config, batch, self._itemsize, logits)
-        return self.weight_bytes(running) + footprint.parked_bytes(self.model.config, batch, self._itemsize)
+        return self._fixed_bytes([batch], logits) + self._parked_bytes([batch])
+
+    def _fixed_bytes(self, batches: Sequence[Batch], logits: bool, ahead: bool = False) -> int:
+        """What does not grow with the number of batches that wait."""
+        config, size, last_only = self.model.config, self._itemsize, not logits and keeps_last(self.model)
+        running = max((footprint.running_bytes(config, batch, size) for batch in batches), default=0)
+        head = max((footprint.head_bytes(config, batch, size, last_only) for batch in batches), default=0)
+        return self.weight_bytes(running, head, ahead)
+
+    def _parked_bytes(self, batches: Sequence[Batch]) -> int:
+        """Of the batch that takes most while it waits."""
+        sizes = (footprint.parked_bytes(self.model.config, batch, self._itemsize) for batch in batches)
+        return max(sizes, default=0)
 
     def _groups(self, batches: Sequence[Batch], logits: bool) -> list[Sequence[Batch]]:
         """The batches that wait together, as many as fit between the layers. More groups read the layers again."""
         fit, room = max(1, MAX_THREADS // torch.get_num_threads()), self.cap.room()
         if room is not None and batches:
-            config, size = self.model.config, self._itemsize
-            parked = max(footprint.parked_bytes(config, batch, size) for batch in batches)
-            running = max(footprint.running_bytes(config, batch, size, logits) for batch in batches)
-            fixed = self.weight_bytes(running)
+            parked, fixed = self._parked_bytes(batches), self._fixed_bytes(batches, logits)
             self.cap.require(fixed + parked, "the largest layer with one batch")
             fit = min(fit, max(1, (room - fixed) // parked))
         return [batches[start : start + fit] for start in range(0, len(batches), fit)]
@@ -119,7 +140,7 @@ class StreamedModel:
         for number, group in enumerate(groups):
 
             def tell(at: int, of: int, before: int = number * len(self.layers)) -> None:
-                if on_layer is not None:
+                if on_layer is not None and at <= len(self.layers):
                     on_layer(before + at, total)
 
             yield from self._pass(group, start, logits, tell)
@@ -135,7 +156,7 @@ class StreamedModel:
         calls = [call(self.model, batch, self.device, logits) for batch in group]
         try:
             residency.open()
-            yield from walk(self.model, self.layers, residency, calls, on_run=on_run, on_layer=tell)
+            yield from walk(self.model, self._stops, residency, calls, on_run=on_run, on_layer=tell)
         finally:
             residency.close()
             self.batch = -1
@@ -144,10 +165,8 @@ class StreamedModel:
         room = self.cap.room()
         if room is None:
             return True
-        config, size = self.model.config, self._itemsize
-        waiting = sum(footprint.parked_bytes(config, batch, size) for batch in group)
-        running = max((footprint.running_bytes(config, batch, size, logits) for batch in group), default=0)
-        return room > waiting + self.weight_bytes(running, ahead=True)
+        waiting = sum(self._parked_bytes([batch]) for batch in group)
+        return room > waiting + self._fixed_bytes(group, logits, ahead=True)
 
 
 class _Residency:
@@ -186,16 +205,16 @@ class _Residency:
         if (future := self.coming.pop(stop, None)) is not None:
             future.result()
         else:
-            self.weights.load(self.owner._layer_keys[stop])
-        if self.owner.edit is not None:
+            self.weights.load(self.owner._stop_keys[stop])
+        if self.owner.edit is not None and stop < len(self.owner.layers):
             self.owner.edit(self.owner._paths[stop])
-        if self.reader is not None and stop + 1 < len(self.owner.layers):
-            following = self.owner._layer_keys[stop + 1]
+        if self.reader is not None and stop + 1 < len(self.owner._stops):
+            following = self.owner._stop_keys[stop + 1]
             self.coming[stop + 1] = self.reader.submit(self.weights.load, following)
 
     def leave(self, stop: int) -> None:
-        self.weights.free(self.owner._layer_keys[stop])
-        forget(self.owner.layers[stop])
+        self.weights.free(self.owner._stop_keys[stop])
+        forget(self.owner._stops[stop])
         if self.owner.cap.limit is not None:
             memory.trim()
 
@@ -204,7 +223,7 @@ class _Residency:
             self.reader.shutdown(wait=True)
         for hook in self.hooks:
             hook.remove()
-        for keys in [self.owner._around, *self.here.values(), *self.owner._layer_keys]:
+        for keys in [self.owner._around, *self.here.values(), *self.owner._stop_keys]:
             self.weights.free(keys)
         self.here.clear()
         memory.trim()
