@@ -17,7 +17,7 @@ SELF = "self"
 
 
 def load_teacher(ref: str, model: PreTrainedModel) -> PreTrainedModel:
-    """The checkpoint that ``ref`` names, in float32 where the model is, frozen; "self": a copy of the model as it is."""
+    """The checkpoint that ``ref`` names, in float32 where the model is, frozen; "self": a copy of the model itself."""
     if ref == SELF:
         teacher = copy.deepcopy(model)
     else:
