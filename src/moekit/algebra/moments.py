@@ -66,7 +66,8 @@ def damped_factors(moments: Tensor, damping: float) -> tuple[Tensor, Tensor, Ten
     dead = diagonal == 0
     used = torch.full(moments.shape[:1], float(damping), dtype=torch.float64, device=moments.device)
     usable = torch.isfinite(moments).flatten(1).all(1) & ~dead.all(-1)
-    todo, level, made = usable.nonzero()[:, 0], float(damping), {}
+    todo, level = usable.nonzero()[:, 0], float(damping)
+    made: dict[int, Tensor] = {}
     while len(todo):
         extra = level * diagonal[todo].mean(-1, keepdim=True) + (dead[todo] if level == 0 else 0.0)
         turned = moments[todo].to(torch.float64).flip(-2, -1)
