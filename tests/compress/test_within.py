@@ -86,6 +86,22 @@ def test_a_draft_is_as_large_as_what_the_search_finds(mini: Checkpoint, keep: in
     assert plan_nbytes(eep.draft(None, mini), mini) == plan_nbytes(plan, mini)  # type: ignore[attr-defined]
 
 
+def test_a_setting_that_cannot_be_had_is_passed_over(mini: Checkpoint) -> None:
+    tried: list[str] = []
+
+    def make(spec: str) -> Plan:
+        tried.append(spec)
+        if spec == "rtn:bits=1":
+            raise OptionError("no such width")
+        return make_plan(chain(spec), mini)
+
+    assert (within("rtn", mini, None, source_nbytes(mini) // 2, make=make) or ("",))[0] == "rtn:bits=4"
+    assert (
+        within("gptq", mini, None, 100, make=lambda spec: make(spec.replace("gptq", "rtn").replace("=1", "=2"))) is None
+    )
+    assert len(tried) <= 5
+
+
 @pytest.mark.parametrize(
     ("spec", "found"),
     [

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 FIT = "fit"
 """The contestant that is not a method but the solver over all of them."""
-SEARCHED = 2048
+SEARCHED = 1024
 """Tokens that a searching method measures each of its hundreds of plans on, taken evenly from those that choose."""
 
 
@@ -44,6 +44,7 @@ class Arena:
         self.source, self.runner = source, runner
         self.seen = cache(texts.profile)
         self._choosing, self._judging = texts.choosing, texts.judging
+        self._choices: dict[tuple[str, int], float] = {}
         self._plans: dict[tuple[str, int], Plan] = {}
         self._losses: dict[tuple[str, int], dict[str, float]] = {}
         self._judges = cache(self._make_judges)
@@ -75,10 +76,17 @@ class Arena:
         if spec == FIT:
             seen = self.seen(seed)
             finish = partial(calibrated, source=self.source, profile=seen) if calibratable(seen) else None
-            found = fit(self.source, seen, size=nbytes, evaluate=self._chooser(seed), finish=finish)
+            found = fit(self.source, seen, size=nbytes, evaluate=partial(self._choice, seed=seed), finish=finish)
             self._chooser(seed).restore()
             return found.describe().splitlines()[0], found.plan
         return within(spec, self.source, self.seen(seed), nbytes, make=lambda turned: self.plan(turned, seed))
+
+    def _choice(self, plan: Plan, seed: int) -> float:
+        """What ``fit`` chooses by; its probes are the same at every size."""
+        key = (plan.fingerprint, seed)
+        if key not in self._choices:
+            self._choices[key] = self._chooser(seed)(plan)
+        return self._choices[key]
 
     def chosen_by(self, plan: Plan, seed: int) -> float:
         """A loss for methods that search: never on what judges."""

@@ -87,15 +87,17 @@ def within(
         return make_plan(_drafts(turned), source, profile) if searches else made(turned)
 
     best: tuple[str, Plan] | None = None
-    low, high = 0, len(values) - 1
-    while low <= high:  # values ascend, and so do bytes
-        middle = (low + high + 1) // 2
+    low, high, middle = 0, len(values) - 1, 0
+    while low <= high:  # values ascend, and so do bytes; where the smallest does not fit, nothing does
         turned = dial.replace(HOLE, str(values[middle]))
         plan = _possible(sized, turned)
         if plan is not None and plan_nbytes(plan, source) <= nbytes:
             best, low = (turned, plan), middle + 1
+        elif plan is None and middle == 0:
+            low = 1
         else:
             high = middle - 1
+        middle = (low + high + 1) // 2
     if best is None or not searches:
         return best
     return best[0], made(best[0])

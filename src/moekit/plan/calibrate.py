@@ -111,4 +111,4 @@ def _half(cost: LayerCost) -> int:
 
 
 def _probe(cost: LayerCost) -> Precision:
-    return min(cost.nbytes, key=lambda p: (abs(p[0] - PROBE[0]), abs(p[1] - PROBE[1])))
+    return min(cost.precisions, key=lambda p: (abs(p[0] - PROBE[0]), abs(p[1] - PROBE[1])))

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 
 from moekit.algebra import alignment, assign_to_leaders
 from moekit.formats import DenseBank
-from moekit.plan.cost import WHOLE, LayerCost, Precision
+from moekit.plan.cost import WHOLE, Form, LayerCost, Precision
 from moekit.plan.document import Plan
 from moekit.plan.layer import LayerPlan
+from moekit.plan.low_rank import Rank
 from moekit.plan.merge import merged, redirected
 from moekit.plan.solve import Point, Weights, counts_allowed, layer_plan, solve, uniform
 
@@ -66,18 +67,19 @@ def solved(
 def single_methods(
     costs: Sequence[LayerCost], weights: Weights, rankings: Sequence[str], budget: int, source: str
 ) -> Iterator[Candidate]:
-    """For each ranking and precision, the most experts per layer, the same in all, that fit."""
-    for precision in SINGLE:
-        if not all(precision in cost.nbytes for cost in costs):
+    """For each ranking and each precision or rank, the most experts per layer, the same in all, that fit."""
+    forms: list[Form] = [*SINGLE, *costs[0].ranks]
+    for form in forms:
+        if not all(form in cost.nbytes for cost in costs):
             continue
         for ranking in rankings:
-            points = _most(costs, weights, ranking, precision, budget)
+            points = _most(costs, weights, ranking, form, budget)
             if points is None:
                 continue
             whole = all(len(p.kept) == c.site.num_experts for p, c in zip(points, costs, strict=True))
-            bits = "" if precision == WHOLE else f" at {precision[0]} bits in groups of {precision[1]}"
+            how = "" if form == WHOLE else f" at {named(form)}"
             count = f"{len(points[0].kept)} of {costs[0].site.num_experts} experts by {ranking}"
-            yield candidate(("all experts" if whole else count) + bits, points, costs, weights, source)
+            yield candidate(("all experts" if whole else count) + how, points, costs, weights, source)
             if whole:
                 break
 
@@ -92,8 +94,9 @@ def candidate(
         site = cost.site
         gone = [e for e in range(site.num_experts) if e not in point.kept]
         drop += weights.drop[site.name] * float(cost.drop[gone].sum())
-        rounded = zip(point.kept, point.precision, strict=True)
-        noise += weights.noise[site.name] * sum(float(cost.noise[p][e]) for e, p in rounded)
+        noise += weights.noise[site.name] * sum(
+            float(cost.noise[form][e]) for e, form in zip(point.kept, point.forms, strict=True)
+        )
         layers[site.name] = layer_plan(point, cost, _why(point, site.num_experts, name))
     plan = Plan(source=source, layers=layers, methods=(f"fit: {name}",))
     return Candidate(name, plan, sum(point.nbytes for point in points), drop, noise)
@@ -103,7 +106,7 @@ def distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
     """The first of each set that store the same."""
     seen: dict[object, Candidate] = {}
     for one in candidates:
-        key = tuple(tuple(layer.experts) for layer in one.plan.layers.values())
+        key = tuple((tuple(layer.experts), layer.values) for layer in one.plan.layers.values())
         seen.setdefault(key, one)
     return list(seen.values())
 
@@ -117,7 +120,7 @@ def rows_kept(one: Candidate, costs: Sequence[LayerCost], bank: Callable[[str], 
     mixed: dict[str, LayerPlan] = {}
     for cost in costs:
         layer = one.plan.layers[cost.site.name]
-        if cost.similarity is None or len(layer.sources) != len(layer.experts):
+        if cost.similarity is None or len(layer.sources) != len(layer.experts) or layer.values is not None:
             return
         leader_E = assign_to_leaders(cost.similarity, sorted(layer.sources))
         sent[cost.site.name] = redirected(layer, leader_E, layer.why)
@@ -144,18 +147,21 @@ def rival(name: str, plan: Plan) -> Candidate:
     return Candidate(name, plan, 0, float("nan"), float("nan"))
 
 
-def _most(
-    costs: Sequence[LayerCost], weights: Weights, ranking: str, precision: Precision, budget: int
-) -> list[Point] | None:
+def _most(costs: Sequence[LayerCost], weights: Weights, ranking: str, form: Form, budget: int) -> list[Point] | None:
     for count in reversed(counts_allowed(costs[0])):
         if all(count in counts_allowed(cost) for cost in costs):
-            points = [uniform(cost, weights, ranking, count, precision) for cost in costs]
+            points = [uniform(cost, weights, ranking, count, form) for cost in costs]
             if sum(point.nbytes for point in points) <= budget:
                 return points
     return None
 
 
+def named(form: Form) -> str:
+    """As a person would say it."""
+    return f"rank {form.rank}" if isinstance(form, Rank) else f"{form[0]} bits in groups of {form[1]}"
+
+
 def _why(point: Point, num_experts: int, name: str) -> str:
-    bits = [p[0] for p in point.precision]
-    parts = ", ".join(f"{bits.count(b)} at {b} bits" for b in sorted(set(bits), reverse=True))
-    return f"{name}: keeps {len(bits)} of {num_experts} ({parts})"
+    forms = [f"rank {form.rank}" if isinstance(form, Rank) else f"{form[0]} bits" for form in point.forms]
+    parts = ", ".join(f"{forms.count(form)} at {form}" for form in dict.fromkeys(forms))
+    return f"{name}: keeps {len(forms)} of {num_experts} ({parts})"

@@ -11,7 +11,7 @@ Shapes by suffix: E experts, T tokens, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -19,8 +19,9 @@ import numpy as np
 import torch
 
 from moekit.algebra import cosine_of_gram
-from moekit.bank import ExpertWeights
+from moekit.bank import ExpertBank, ExpertWeights
 from moekit.formats import DenseBank, PackedBank, packed_nbytes
+from moekit.plan.low_rank import Rank, factor_nbytes, matrices, truncated
 from moekit.plan.planner import Site
 
 if TYPE_CHECKING:
@@ -29,10 +30,12 @@ if TYPE_CHECKING:
 
 Precision = tuple[int, int]
 """(bits, group size); 16 bits is the source's own."""
+Form = Precision | Rank
+"""One way to store an expert."""
 WHOLE: Precision = (16, 64)
 PRECISIONS: tuple[Precision, ...] = (
     WHOLE,
-    *((8, 128), (4, 32), (4, 64), (4, 128), (3, 32), (3, 64), (3, 128), (2, 32), (2, 64), (2, 128)),
+    *((8, 32), (8, 64), (8, 128), (4, 32), (4, 64), (4, 128), (3, 32), (3, 64), (3, 128), (2, 32), (2, 64), (2, 128)),
 )
 HEADER_ENTRY = 105
 """Bytes that a tensor's entry in a safetensors header takes besides its module's name: the rest of the name, dtype,
@@ -45,18 +48,28 @@ SAMPLED_EXPERTS, SAMPLED_TOKENS, SAMPLED_WEIGHTS = 4, 64, 32_000_000
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer: ``drop`` [E] and ``noise[precision]`` [E] in disturbance, ``nbytes[precision]`` of one stored expert,
+    """One layer: ``drop`` [E] and ``noise[form]`` [E] in disturbance, ``nbytes[form]`` of one stored expert,
     ``scores`` [E] by the name of the ranking, ``row_nbytes`` of one router row of the output. For merging: ``usage``
-    [E] and the ``similarity`` [E, E] of router logits, None where the profile has none."""
+    [E] and the ``similarity`` [E, E] of router logits, None where the profile has none. ``bank`` reads experts, for
+    the forms whose numbers are computed."""
 
     site: Site
     drop: np.ndarray
-    noise: Mapping[Precision, np.ndarray]
-    nbytes: Mapping[Precision, int]
+    noise: Mapping[Form, np.ndarray]
+    nbytes: Mapping[Form, int]
     row_nbytes: int
     scores: Mapping[str, np.ndarray]
     usage: np.ndarray
     similarity: np.ndarray | None
+    bank: Callable[[Sequence[int]], DenseBank] | None = None
+
+    @property
+    def ranks(self) -> tuple[Rank, ...]:
+        return tuple(form for form in self.nbytes if isinstance(form, Rank))
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        return tuple(form for form in self.nbytes if not isinstance(form, Rank))
 
 
 def layer_cost(
@@ -65,27 +78,30 @@ def layer_cost(
     seen: LayerProfile,
     precisions: Sequence[Precision] = PRECISIONS,
     *,
+    ranks: Sequence[Rank] = (),
     weights: bool = True,
 ) -> LayerCost:
     """The costs of one layer. ``weights`` False (headers only) takes the rounding error of normally distributed
-    weights instead of the layer's own."""
+    weights instead of the layer's own, and no ``ranks``: what those lose is only in the weights."""
     energy_E, share_E = seen.total("output_energy"), rounding_share(seen)
     if weights:
         tried = tried_experts(layer)
-        found = rounding_errors(checkpoint.bank(layer.name, experts=tried), precisions, _inputs(seen))
+        bank, inputs = checkpoint.bank(layer.name, experts=tried), _inputs(seen)
+        found = rounding_errors(bank, precisions, inputs) | rank_errors(bank, ranks, inputs)
         whole = len(tried) == layer.num_experts
-        error = {p: e if whole else np.full(layer.num_experts, e.mean()) for p, e in found.items()}
+        error = {form: e if whole else np.full(layer.num_experts, e.mean()) for form, e in found.items()}
     else:
         error = {p: np.full(layer.num_experts, expected_error(*p)) for p in precisions}
     return LayerCost(
         site=Site(layer.name, layer.num_experts, layer.top_k, layer.groups),
         drop=REROUTED * energy_E / _stream_energy(seen, energy_E),
-        noise={p: share_E * error[p] for p in precisions},
-        nbytes=expert_nbytes(checkpoint, layer, precisions),
+        noise={form: share_E * error[form] for form in error},
+        nbytes=expert_nbytes(checkpoint, layer, list(error)),
         row_nbytes=row_nbytes(checkpoint, layer),
         scores=rankings(seen),
         usage=seen.total("counts"),
         similarity=cosine_of_gram(seen.logit_gram) if "logit_gram" in seen.arrays else None,
+        bank=lambda experts: checkpoint.bank(layer.name, experts=list(experts)),
     )
 
 
@@ -125,16 +141,20 @@ def rankings(seen: LayerProfile) -> dict[str, np.ndarray]:
     return found
 
 
-def expert_nbytes(checkpoint: Checkpoint, layer: MoELayer, precisions: Sequence[Precision]) -> dict[Precision, int]:
+def expert_nbytes(checkpoint: Checkpoint, layer: MoELayer, forms: Sequence[Form]) -> dict[Form, int]:
     """Bytes of one expert in the output, its entries in the files' headers included (to within a few bytes each); at
     16 bits, decoded if the source stores it quantised."""
     shape = layer.shape
     dtype = float_dtype(checkpoint, layer)
-    sizes = {}
-    for bits, group in precisions:
-        data = packed_nbytes(shape.hidden_size, shape.intermediate_size, bits, group, shape.gated, shape.biased, dtype)
-        entries = (2 if bits == 16 else 6) + 2 * shape.biased
-        sizes[bits, group] = data + entries * (len(layer.name) + HEADER_ENTRY)
+    sizes: dict[Form, int] = {}
+    for form in forms:
+        if isinstance(form, Rank):
+            data, entries = factor_nbytes(layer, form, dtype), 2 * matrices(layer)
+        else:
+            kind = shape.gated, shape.biased, dtype
+            data = packed_nbytes(shape.hidden_size, shape.intermediate_size, *form, *kind)
+            entries = 2 if form[0] == 16 else 6
+        sizes[form] = data + (entries + 2 * shape.biased) * (len(layer.name) + HEADER_ENTRY)
     return sizes
 
 
@@ -152,18 +172,32 @@ def float_dtype(checkpoint: Checkpoint, layer: MoELayer) -> torch.dtype:
 
 def rounding_errors(
     bank: DenseBank, precisions: Sequence[Precision], x_TH: torch.Tensor | None = None
-) -> dict[Precision, np.ndarray]:
+) -> dict[Form, np.ndarray]:
     """Squared relative error [E] of each expert's output when its weights are rounded, on inputs x_TH (or noise)."""
-    bank = replace(bank, **{name: tensor.float() for name, tensor in bank.tensors().items()})
+    bank = _wide(bank)
+    made = ((p, PackedBank.quantise(bank, *p).dequantise()) for p in precisions)
+    return dict(_errors(bank, made, x_TH))
+
+
+def rank_errors(bank: DenseBank, ranks: Sequence[Rank], x_TH: torch.Tensor | None = None) -> dict[Form, np.ndarray]:
+    """The same when its matrices are cut to a rank."""
+    bank = _wide(bank)
+    return dict(_errors(bank, truncated(bank, ranks), x_TH))
+
+
+def _wide(bank: DenseBank) -> DenseBank:
+    return replace(bank, **{name: tensor.float() for name, tensor in bank.tensors().items()})
+
+
+def _errors(
+    bank: DenseBank, made: Iterable[tuple[Form, ExpertBank]], x_TH: torch.Tensor | None
+) -> Iterator[tuple[Form, np.ndarray]]:
+    """Of every bank made of this one."""
     if x_TH is None:
         x_TH = torch.randn(SAMPLED_TOKENS, bank.hidden_size, generator=torch.Generator().manual_seed(0))
-    experts = range(bank.num_experts)
-    before = [_output(bank, e, x_TH) for e in experts]
-    errors = {}
-    for precision in precisions:
-        rounded = PackedBank.quantise(bank, *precision).dequantise()
-        errors[precision] = np.array([_relative(_output(rounded, e, x_TH), before[e]) for e in experts])
-    return errors
+    before = [_output(bank, e, x_TH) for e in range(bank.num_experts)]
+    for form, other in made:
+        yield form, np.array([_relative(_output(other, e, x_TH), wanted) for e, wanted in enumerate(before)])
 
 
 def tried_experts(layer: MoELayer) -> list[int]:
@@ -197,7 +231,7 @@ def _inputs(seen: LayerProfile) -> torch.Tensor | None:
     return torch.from_numpy(np.ascontiguousarray(seen.hidden[::step][:SAMPLED_TOKENS])).float()
 
 
-def _output(bank: DenseBank, expert: int, x_TH: torch.Tensor) -> torch.Tensor:
+def _output(bank: ExpertBank, expert: int, x_TH: torch.Tensor) -> torch.Tensor:
     weights: ExpertWeights = bank.expert(expert)
     hidden = bank.activation(torch.nn.functional.linear(x_TH, weights.gate_up, weights.gate_up_bias))
     return torch.nn.functional.linear(hidden, weights.down, weights.down_bias)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from moekit.formats import LowRankBank
+from moekit.plan.layer import LayerPlan
 from moekit.stream import gigabytes
 
 if TYPE_CHECKING:
@@ -48,7 +50,9 @@ def levers(fit: FitResult) -> tuple[str, ...]:
     stored = [expert for layer in layers for expert in layer.experts]
     counts = [len(layer.experts) for layer in layers]
     merged = sum(len(expert.parts) > 1 for expert in stored)
+    ranks = Counter(rank for layer in layers for rank in ranks_in(layer))
     widths = Counter((bits, group if bits != 16 else 0) for layer in layers for bits, group in layer.widths)
+    widths[16, 0] -= ranks.total()
     lines = [f"Chosen: {fit.candidates[0].name}, of {len(fit.candidates)} plans that fit."]
     if len(stored) < total and not merged:
         lines.append(
@@ -62,10 +66,29 @@ def levers(fit: FitResult) -> tuple[str, ...]:
     parts = ", ".join(
         f"{n} at {bits} bits" + (f" in groups of {group}" if bits != 16 else "")
         for (bits, group), n in sorted(widths.items(), key=lambda item: (-item[0][0], item[0][1]))
+        if n > 0
     )
-    where = "; more bits where the weighted output error per byte is largest" if len(widths) > 1 else " throughout"
-    lines.append(f"Precision: {parts}{where}.")
+    several = sum(n > 0 for n in widths.values()) > 1
+    where = "; more bits where the weighted output error per byte is largest" if several else " throughout"
+    lines += [f"Precision: {parts}{'' if ranks and not several else where}."] if parts else []
+    if ranks:
+        lines.append(f"Low rank: {_counted(ranks)}; their factors lose less per byte than bits would.")
+    elif fit.low_rank:
+        lines.append("Low rank: weighed, and used nowhere; factors of as many bytes would lose more.")
     return tuple(lines)
+
+
+def ranks_in(layer: LayerPlan) -> list[int]:
+    """The rank of every stored expert that is kept as factors."""
+    if layer.values is None or layer.values.format != LowRankBank.FORMAT:
+        return []
+    each = layer.values.describe["down_rank"]
+    chosen = range(len(each)) if layer.values.chosen is None else layer.values.chosen
+    return [each[e] for e in chosen if each[e] is not None]
+
+
+def _counted(ranks: Counter[int]) -> str:
+    return ", ".join(f"{n} at rank {rank}" for rank, n in sorted(ranks.items(), reverse=True))
 
 
 def _range(counts: list[int]) -> str:

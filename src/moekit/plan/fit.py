@@ -16,6 +16,7 @@ from moekit.plan.candidates import Candidate
 from moekit.plan.cost import PRECISIONS, Precision, layer_cost
 from moekit.plan.document import Plan
 from moekit.plan.explain import explain, levers
+from moekit.plan.low_rank import ranks_of
 from moekit.plan.planner import Evaluate
 from moekit.plan.search import Effort, Progress, Search, usual_effort
 from moekit.plan.sizes import plan_nbytes
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 class FitResult:
     """``predicted`` and ``measured`` in nats per token (``measured`` None where nothing ran); ``nbytes`` of the
     output's weight files, exactly; ``curve`` (bytes, predicted loss) over all budgets; ``candidates`` best first, those
-    measured before those only predicted; ``reads_disk`` if each measurement was a pass over the weights on disk."""
+    measured before those only predicted; ``reads_disk`` if each measurement was a pass over the weights on disk;
+    ``low_rank`` if factors were weighed."""
 
     plan: Plan
     nbytes: int
@@ -41,6 +43,7 @@ class FitResult:
     curve: tuple[tuple[int, float], ...]
     candidates: tuple[Candidate, ...]
     reads_disk: bool = False
+    low_rank: bool = False
 
     @property
     def spread(self) -> tuple[float, float] | None:
@@ -70,6 +73,7 @@ def fit(
     ratio: float | None = None,
     evaluate: Evaluate | None = None,
     precisions: Sequence[Precision] = PRECISIONS,
+    low_rank: bool = True,
     weights: bool = True,
     rivals: Mapping[str, Plan] | None = None,
     finish: Callable[[Plan], Plan] | None = None,
@@ -77,14 +81,15 @@ def fit(
     effort: Effort | None = None,
     progress: Progress | None = None,
 ) -> FitResult:
-    """Choose what to keep of every layer, and at how many bits, to lose least within a budget.
+    """Choose what to keep of every layer, and at how many bits or which rank, to lose least within a budget.
 
     Args:
         size, memory, context, ratio: the budget; see :func:`~moekit.plan.budget.budget_of`.
         evaluate: loss of a plan on calibration tokens (such as :class:`~moekit.plan.live.LiveLoss`); without one the
             prediction alone decides, with typical weights instead of calibrated ones.
         precisions: (bits, group size) pairs an expert may have.
-        weights: False reads headers only, and takes the rounding error of normally distributed weights.
+        low_rank: whether experts may be stored as factors too, where the format can hold them.
+        weights: False reads headers only, and takes the rounding error of normally distributed weights, and no factors.
         rivals: plans of other methods to compare with, by name; those over the budget are left out.
         finish: another way to round what the best plans round, as large to the byte (with calibration, say); tried
             where plans can be measured.
@@ -106,7 +111,9 @@ def fit(
     precisions = (*precisions, *(p for p in ONLY.get(format, ()) if p not in precisions))
     tell("weighing layers", 0, len(layers))
     for index, layer in enumerate(layers):
-        costs.append(layer_cost(source, layer, profile.layers[layer.name], precisions, weights=weights))
+        ranks = ranks_of(layer) if low_rank and format not in ONLY else ()
+        seen = profile.layers[layer.name]
+        costs.append(layer_cost(source, layer, seen, precisions, ranks=ranks, weights=weights))
         tell("weighing layers", index + 1, len(layers))
     search = Search(source, costs, budget, evaluate, format, effort or usual_effort(source, evaluate), tell)
     best, ranked, curve = search.run(rivals or {}, finish)
@@ -121,4 +128,5 @@ def fit(
         curve=curve,
         candidates=tuple(ranked),
         reads_disk=getattr(evaluate, "reads_disk", False),
+        low_rank=any(cost.ranks for cost in costs),
     )

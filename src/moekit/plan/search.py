@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 from moekit.errors import BudgetError, PlanError
 from moekit.plan.budget import Budget
 from moekit.plan.calibrate import best_ranking, calibrated, rescaled, typical_weights
-from moekit.plan.candidates import Candidate, distinct, rival, rows_kept, single_methods, solved
+from moekit.plan.candidates import Candidate, distinct, named, rival, rows_kept, single_methods, solved
 from moekit.plan.cost import WHOLE, LayerCost, stored_cost
 from moekit.plan.document import Plan
 from moekit.plan.planner import Evaluate
@@ -203,11 +203,12 @@ class Search:
         return False
 
     def _too_small(self, uniform: Sequence[Width] | None = None) -> NoReturn:
-        least = self.rest + smallest(self.costs)
-        bits = min(precision[0] for precision in self.costs[0].nbytes)
+        least, nbytes = self.rest + smallest(self.costs), self.costs[0].nbytes
+        how = named(min(nbytes, key=lambda form: nbytes[form]))
         if uniform is not None:
-            least, bits = min((width.nbytes(width.counts[0]), width.precision[0]) for width in uniform)
+            least, precision = min((width.nbytes(width.counts[0]), width.precision) for width in uniform)
+            how = named(precision)
         raise BudgetError(
             f"no plan fits {self.budget.asked} ({self.budget.nbytes:,} bytes of weights): the smallest possible is "
-            f"about {least:,} bytes, with the fewest experts the router allows at {bits} bits"
+            f"about {least:,} bytes, with the fewest experts the router allows at {how}"
         )

@@ -1,8 +1,9 @@
 """The budget solver: which experts of each layer live on, and at what precision, to lose least in a number of bytes.
 
-Within a layer, experts stand in the order of a ranking, and any number of the first may be kept, each at any precision.
-For every such number the best totals of bytes and loss are found exactly; they are the layer's menu, and one choice per
-layer under the budget is the same problem again. Both are solved by ``algebra.allocate``.
+Within a layer, experts stand in the order of a ranking, and any number of the first may be kept, each at any precision
+or, in a layer of factors, at any rank. For every such number the best totals of bytes and loss are found exactly; they
+are the layer's menu, and one choice per layer under the budget is the same problem again. Both are solved by
+``algebra.allocate``.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from moekit.algebra.allocate import Frontier, allocate, frontiers, trace
-from moekit.plan.cost import WHOLE, LayerCost, Precision
+from moekit.plan import values
+from moekit.plan.cost import WHOLE, Form, LayerCost
 from moekit.plan.layer import LayerPlan
+from moekit.plan.low_rank import Rank, factored
 
 MENU = 128
 """Points of a layer's menu; where there are more, the ones that bend its curve least are left out."""
@@ -36,12 +39,12 @@ class Weights:
 
 @dataclass(frozen=True)
 class Point:
-    """One way to store a layer: the experts kept, in the order of the ranking, each with a precision."""
+    """One way to store a layer: the experts kept, in the order of the ranking, each in a form."""
 
     nbytes: int
     loss: float
     kept: tuple[int, ...]
-    precision: tuple[Precision, ...]
+    forms: tuple[Form, ...]
 
 
 @dataclass(frozen=True)
@@ -76,11 +79,20 @@ def smallest(costs: Sequence[LayerCost]) -> int:
 
 
 def layer_menu(cost: LayerCost, weights: Weights, ranking: str, *, drop: bool = True) -> list[Point]:
-    """Every way to store one layer that no other beats in both bytes and loss, thinned to ``MENU``."""
+    """Every way to store one layer that no other beats in both bytes and loss, thinned to ``MENU``: as integers and
+    whole experts, or as factors and whole experts."""
+    found = _points(cost, weights, ranking, cost.precisions, drop)
+    if cost.ranks:
+        found += _points(cost, weights, ranking, (WHOLE, *cost.ranks), drop)
+    bends = _bends(np.array([point.nbytes for point in found]), np.array([point.loss for point in found]))
+    return [found[index] for index in bends]
+
+
+def _points(cost: LayerCost, weights: Weights, ranking: str, forms: Sequence[Form], drop: bool) -> list[Point]:
+    """The same where experts are stored in these forms only."""
     site, order = cost.site, in_order(cost, ranking)
-    precisions = list(cost.nbytes)
     noise = weights.noise[site.name]
-    items = [[(cost.nbytes[p] + cost.row_nbytes, noise * float(cost.noise[p][e])) for p in precisions] for e in order]
+    items = [[(cost.nbytes[f] + cost.row_nbytes, noise * float(cost.noise[f][e])) for f in forms] for e in order]
     path: list[Frontier] = list(frontiers(items, INNER_STATES))
     counts = counts_allowed(cost) if drop else [site.num_experts]
     lost = np.append(np.cumsum(weights.drop[site.name] * cost.drop[list(order[::-1])])[::-1], 0.0)
@@ -91,7 +103,7 @@ def layer_menu(cost: LayerCost, weights: Weights, ranking: str, *, drop: bool = 
     for index in _bends(nbytes, loss):
         m, state = where[index]
         chosen = trace(path[:m], state)
-        points.append(Point(int(nbytes[index]), float(loss[index]), order[:m], tuple(precisions[c] for c in chosen)))
+        points.append(Point(int(nbytes[index]), float(loss[index]), order[:m], tuple(forms[c] for c in chosen)))
     return points
 
 
@@ -114,20 +126,25 @@ def counts_allowed(cost: LayerCost) -> list[int]:
 
 
 def layer_plan(point: Point, cost: LayerCost, why: str) -> LayerPlan:
-    """The point as a plan: kept experts in ascending order."""
-    chosen = dict(zip(point.kept, point.precision, strict=True))
+    """The point as a plan: kept experts in ascending order. Factors are computed, and kept as values."""
+    chosen = dict(zip(point.kept, point.forms, strict=True))
     plan = LayerPlan.keep(point.kept, cost.site.num_experts, why=why)
-    precision = [chosen[expert.parts[0][0]] for expert in plan.experts]
+    forms = [chosen[expert.parts[0][0]] for expert in plan.experts]
+    ranks = [form if isinstance(form, Rank) else None for form in forms]
+    if any(ranks):
+        assert cost.bank is not None
+        return plan.valued(values.keep(factored(cost.bank(sorted(chosen)), ranks)))
+    precision = [form for form in forms if not isinstance(form, Rank)]
     return plan.with_bits([p[0] for p in precision], [p[1] for p in precision])
 
 
-def uniform(cost: LayerCost, weights: Weights, ranking: str, count: int, precision: Precision = WHOLE) -> Point:
-    """The point of a single method: the best ``count`` experts, all at one precision."""
+def uniform(cost: LayerCost, weights: Weights, ranking: str, count: int, form: Form = WHOLE) -> Point:
+    """The point of a single method: the best ``count`` experts, all in one form."""
     order, name = in_order(cost, ranking), cost.site.name
     kept, gone = order[:count], list(order[count:])
-    loss = weights.drop[name] * cost.drop[gone].sum() + weights.noise[name] * cost.noise[precision][list(kept)].sum()
-    nbytes = count * (cost.nbytes[precision] + cost.row_nbytes)
-    return Point(nbytes, float(loss), kept, (precision,) * count)
+    loss = weights.drop[name] * cost.drop[gone].sum() + weights.noise[name] * cost.noise[form][list(kept)].sum()
+    nbytes = count * (cost.nbytes[form] + cost.row_nbytes)
+    return Point(nbytes, float(loss), kept, (form,) * count)
 
 
 def _bends(nbytes: np.ndarray, loss: np.ndarray) -> list[int]:
