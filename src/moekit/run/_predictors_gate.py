@@ -14,6 +14,9 @@ from torch import Tensor
 
 from moekit.blocks import blocks
 from moekit.contract import Routing
+from moekit.errors import ProfileError
+from moekit.profile import RoutingTrace
+from moekit.run._predictors_seen import usage
 from moekit.run.predict import Predictor, Ranked, Signal
 
 if TYPE_CHECKING:
@@ -61,3 +64,37 @@ def rank_routing(routing: Routing) -> Ranked:
     score_E = routing.logits.float().softmax(1).mean(0).cpu().numpy()
     count_E = routing.counts(len(score_E)).cpu().numpy()
     return [(int(expert), float(score_E[expert])) for expert in np.lexsort((-score_E, -count_E))]
+
+
+def linear_gate(weight_EH: Tensor, top_k: int) -> Gate:
+    """A gate that is one matrix, such as a trained pre-gate: logits are x W^T, chosen are the ``top_k`` largest."""
+
+    def gate(x_TH: Tensor) -> Routing:
+        logits = x_TH.to(weight_EH.dtype) @ weight_EH.T
+        weight, expert = logits.softmax(1).topk(top_k)
+        return Routing(expert, weight, logits)
+
+    return gate
+
+
+def fit_gates(trace: RoutingTrace, ahead: int = 1, ridge: float = 1e-2) -> list[Gate]:
+    """Pre-gates by layer: ridge regression of a layer's choices on the router inputs ``ahead`` layers earlier.
+
+    The first ``ahead`` entries, which nothing comes before, are fitted to their own inputs. ``ridge`` is relative to
+    the mean square of the inputs.
+
+    Raises:
+        ProfileError: the trace was recorded without router inputs.
+    """
+    if trace.inputs is None:
+        raise ProfileError("the trace has no router inputs: record it with inputs=True")
+    used_TLE, found = usage(trace), list[Gate]()
+    for layer in range(trace.num_layers):
+        x_TH = trace.inputs[:, layer - ahead if layer >= ahead else layer].astype(np.float64)
+        gram_HH = x_TH.T @ x_TH
+        gram_HH[np.diag_indices_from(gram_HH)] += ridge * np.trace(gram_HH) / len(gram_HH)
+        centred_TE = used_TLE[:, layer] - used_TLE[:, layer].mean(0)
+        weight_EH = np.linalg.solve(gram_HH, x_TH.T @ centred_TE).T
+        top_k = int((trace.expert[:, layer] >= 0).sum(1).max())
+        found.append(linear_gate(torch.from_numpy(weight_EH).float(), top_k))
+    return found

@@ -9,9 +9,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
+
+from moekit.errors import OptionError
+from moekit.plan.options import nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from moekit.profile import RoutingTrace
 
 Ranked = list[tuple[int, float]]
 """(expert, score), the likeliest first. Scores compare within one list."""
@@ -48,6 +57,39 @@ class Predictor(ABC):
 
         An empty ranking says that nothing is known. ``layer`` -1 asks before the first layer is reached.
         """
+
+
+PREDICTORS = ("next-gate", "pre-gate", "path", "token-table", "frequency", "previous-token")
+"""Names that :func:`predictor` knows."""
+
+
+def predictor(name: str, *, model: PreTrainedModel | None = None, seen: RoutingTrace | None = None) -> Predictor:
+    """A predictor by name. ``next-gate`` needs the live model, ``pre-gate``, ``path`` and ``token-table`` a trace to
+    learn from (with router inputs, or with token ids); ``frequency`` takes one as its prior.
+
+    Raises:
+        OptionError: the name is unknown (the nearest is named), or what it needs is not given.
+        ProfileError: the trace lacks what it is to be learned from.
+    """
+    from moekit.run import _predictors_gate, _predictors_path, _predictors_seen
+
+    if name not in PREDICTORS:
+        raise OptionError(f"unknown predictor '{name}'; {nearest(name, PREDICTORS)}")
+    if name == "next-gate":
+        if model is None:
+            raise OptionError("next-gate asks the model's own routers: give the model")
+        return _predictors_gate.NextGate.of_model(model)
+    if seen is None:
+        raise OptionError(f"{name} is learned from a routing trace: record one first")
+    if name == "pre-gate":
+        return _predictors_gate.NextGate(_predictors_gate.fit_gates(seen))
+    if name == "path":
+        return _predictors_path.PathPredictor(_predictors_path.train_path(seen), seen.num_experts)
+    if name == "token-table":
+        return _predictors_seen.TokenTable(seen)
+    if name == "frequency":
+        return _predictors_seen.Frequency.of_trace(seen)
+    return _predictors_seen.PreviousToken(seen.num_layers)
 
 
 def ranked(order_E: np.ndarray, score_E: np.ndarray) -> Ranked:
