@@ -1,16 +1,15 @@
 import pytest
-from rank_workers import Ranks
+
+from moekit.parallel import LocalRanks
 
 
 @pytest.fixture(scope="session")
-def two_ranks(tmp_path_factory):
-    ranks = Ranks(2, tmp_path_factory.mktemp("two"))
-    yield ranks
-    ranks.close()
+def two_ranks():
+    with LocalRanks(2) as ranks:
+        yield ranks
 
 
 @pytest.fixture(scope="session")
-def four_ranks(tmp_path_factory):
-    ranks = Ranks(4, tmp_path_factory.mktemp("four"))
-    yield ranks
-    ranks.close()
+def four_ranks():
+    with LocalRanks(4) as ranks:
+        yield ranks

@@ -5,9 +5,9 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-from rank_layers import ROUTINGS, bank, world, worst
 
-from moekit.parallel import DispatchPlan, Engine, Layout, Piece, flat, two_level
+from moekit.lab.experiments._spread import bank, exact, world
+from moekit.parallel import DispatchPlan, Engine, Layout, Piece, flat, native, two_level
 
 
 def scattered(counts, layout):
@@ -23,22 +23,15 @@ def scattered(counts, layout):
     return DispatchPlan(layout, tuple(reversed(pieces)), parts=layout.slices, copies=((0, layout.world - 1),))
 
 
-def exact(plan: str, nodes: int, chunks: int, rematerialise: bool, gated: bool, dtype: str) -> dict[str, float]:
+def run(plan: str, nodes: int, chunks: int, rematerialise: bool, gated: bool, dtype: str) -> dict[str, float]:
     """The worst difference over all routings."""
     here = world(nodes)
-    planner = {"planner": scattered} if plan == "scattered" else {}
-    exchange = two_level if nodes > 1 else flat
     engine = Engine(
         here,
         Layout.contiguous(6, here.size),
-        exchange=exchange,
+        native if plan == "native" else scattered,
+        exchange=two_level if nodes > 1 else flat,
         chunks=chunks,
         rematerialise=rematerialise,
-        **planner,
     )
-    whole = bank(6, gated=gated, bias=gated, dtype=getattr(torch, dtype))
-    found: dict[str, float] = {}
-    for kind in ROUTINGS:
-        for name, gap in worst(engine, whole, kind).items():
-            found[name] = max(found.get(name, 0.0), gap)
-    return found
+    return exact(engine, bank(6, gated=gated, bias=gated, dtype=getattr(torch, dtype)))

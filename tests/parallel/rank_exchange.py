@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from rank_layers import bank, world
 
+from moekit.lab.experiments._spread import bank, world
 from moekit.parallel import (
     DispatchPlan,
     Engine,
@@ -114,8 +115,8 @@ def _run(here: World, case: str) -> None:
     Engine(here, layout, planner).run(own, torch.zeros(1, 6, dtype=torch.float64), Routing(index, index.double()))
 
 
-def dies(patience: float) -> str:
-    """Rank 1 dies before an exchange that the others are in; they are told so."""
+def dies(patience: float, told: Path) -> None:
+    """Rank 1 dies before an exchange that rank 0 is in, which writes down what it was told."""
     here = World.join(patience=patience)
     if dist.get_rank() == 1:
         os._exit(0)
@@ -123,7 +124,7 @@ def dies(patience: float) -> str:
         while True:
             flat(here, torch.zeros(2 * here.size, 2), [[2] * here.size] * here.size).wait()
     except ParallelError as error:
-        return str(error)
+        told.write_text(str(error))
 
 
 def no_group() -> str:

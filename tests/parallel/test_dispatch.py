@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rank_layers import RELU, bank
 
 from moekit.bank import SILU_MUL
+from moekit.lab.experiments._spread import RELU, bank
 from moekit.parallel import DispatchPlan, Grid, Layout, ParallelError, Piece, Traffic, native, shard
 from moekit.parallel._shards import assemble
 from moekit.parallel._stage import Stage

@@ -3,9 +3,9 @@
 import time
 
 import pytest
-from rank_workers import Ranks
+import rank_exchange
 
-from moekit.parallel import Traffic
+from moekit.parallel import LocalRanks, ParallelError, Traffic
 
 TABLES = {
     "uneven": [[1, 3, 0, 2], [0, 2, 5, 1], [4, 0, 1, 0], [2, 2, 0, 3]],
@@ -23,7 +23,7 @@ def summed(answers, start):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int64"])
 def test_rows_arrive_in_order_by_either_way(four_ranks, name, dtype):
     rows = TABLES[name]
-    answers = four_ranks.ask("rank_exchange", "travels", rows, 2, dtype)
+    answers = four_ranks.ask(rank_exchange.travels, rows, 2, dtype)
     assert all(found["right"] for answer in answers for found in answer.values())
     level = lambda s, t: "self" if s == t else "intra" if s // 2 == t // 2 else "inter"  # noqa: E731
     size = {"float32": 12, "bfloat16": 6, "int64": 24}[dtype]
@@ -33,7 +33,7 @@ def test_rows_arrive_in_order_by_either_way(four_ranks, name, dtype):
 
 
 def test_two_levels_send_fewer_messages_between_nodes(four_ranks):
-    answers = four_ranks.ask("rank_exchange", "travels", [[2] * 4] * 4, 2, "float32")
+    answers = four_ranks.ask(rank_exchange.travels, [[2] * 4] * 4, 2, "float32")
     flat, levels = summed(answers, "flat"), summed(answers, "two_level")
     assert flat.total(level="inter").messages == 4 * 2
     assert levels.total(level="inter").messages == 4 * 1
@@ -44,7 +44,7 @@ def test_two_levels_send_fewer_messages_between_nodes(four_ranks):
 @pytest.mark.parametrize("idle", [False, True])
 @pytest.mark.parametrize("name", TABLES)
 def test_the_way_back_of_gradients(four_ranks, name, idle):
-    assert all(four_ranks.ask("rank_exchange", "gradient", TABLES[name], idle))
+    assert all(four_ranks.ask(rank_exchange.gradient, TABLES[name], idle))
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_the_way_back_of_gradients(four_ranks, name, idle):
     ],
 )
 def test_sparse_gather_and_reduce(four_ranks, owner, moves):
-    answers = four_ranks.ask("rank_exchange", "chunks", owner, moves)
+    answers = four_ranks.ask(rank_exchange.chunks, owner, moves)
     assert all(answer["gathered"] and answer["reduced"] for answer in answers)
     traffic = sum((Traffic.from_dict(answer["traffic"]) for answer in answers), Traffic())
     for what in ("weights", "gradients"):
@@ -67,7 +67,7 @@ def test_sparse_gather_and_reduce(four_ranks, owner, moves):
 
 @pytest.mark.parametrize("slices", [1, 2])
 def test_shards_become_the_bank_again(four_ranks, slices):
-    assert all(four_ranks.ask("rank_exchange", "whole_again", slices))
+    assert all(four_ranks.ask(rank_exchange.whole_again, slices))
 
 
 @pytest.mark.parametrize(
@@ -85,23 +85,30 @@ def test_shards_become_the_bank_again(four_ranks, slices):
     ],
 )
 def test_every_rank_is_told_of_a_mistake(two_ranks, case, message):
-    for answer in two_ranks.ask("rank_exchange", "refused", case):
+    for answer in two_ranks.ask(rank_exchange.refused, case):
         assert message in answer
 
 
 def test_without_a_process_group():
-    import rank_exchange
-
     assert "start with torchrun" in rank_exchange.no_group()
 
 
 def test_a_dead_peer_is_one_clear_error_within_bounds(tmp_path):
-    ranks = Ranks(2, tmp_path)
+    where = tmp_path / "told"
     started = time.monotonic()
-    with pytest.raises(RuntimeError, match="rank 1: died"):
-        ranks.ask("rank_exchange", "dies", 5.0)
-    assert time.monotonic() - started < 60
-    answer = ranks.first
-    ranks.close()
-    assert "rank 0 of 2 lost its peers while exchanging tokens" in answer
-    assert "stop all ranks and start them again" in answer
+    with LocalRanks(2) as ranks:
+        with pytest.raises(ParallelError, match="rank 1 of 2 died"):
+            ranks.ask(rank_exchange.dies, 5.0, where)
+        with pytest.raises(ParallelError, match="start new ones"):
+            ranks.ask(rank_exchange.no_group)
+    assert time.monotonic() - started < 100
+    assert "rank 0 of 2 lost its peers while exchanging tokens" in where.read_text()
+    assert "stop all ranks and start them again" in where.read_text()
+
+
+def test_a_failing_rank_is_named():
+    with (
+        LocalRanks(1, patience=60) as ranks,
+        pytest.raises(ParallelError, match=r"rank 0 of 1 failed: (?s:.*)ZeroDivisionError"),
+    ):
+        ranks.ask(divmod, 1, 0)

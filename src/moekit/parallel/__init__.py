@@ -8,6 +8,7 @@ from moekit.parallel._attach import attach, detach, reduce_replicated
 from moekit.parallel._chunks import Move, gather_chunks
 from moekit.parallel._errors import ParallelError
 from moekit.parallel._links import Grid, Traffic
+from moekit.parallel._ranks import LocalRanks
 from moekit.parallel._shards import shard, unshard
 from moekit.parallel._world import World
 from moekit.parallel.dispatch import DispatchPlan, Layout, Piece, native
@@ -19,6 +20,7 @@ __all__ = [
     "Engine",
     "Grid",
     "Layout",
+    "LocalRanks",
     "Move",
     "ParallelError",
     "Piece",

@@ -1,12 +1,19 @@
-"""Layers, routings and the single-process answer that every rank can make for itself, and the comparison with it."""
+"""What experiments on several ranks share: layers, routings, the answer of one process, and the comparison with it.
+
+Every rank can make everything here for itself from seeds.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from moekit.bank import SILU_MUL, Activation
@@ -14,12 +21,12 @@ from moekit.contract import PAD, Routing
 from moekit.formats import DenseBank
 from moekit.kernels._layer import Layer
 from moekit.kernels.training import autograd
+from moekit.measure import Interval
 from moekit.parallel import Engine, World, shard
 
 HIDDEN, INNER, SLOTS, TOKENS = 6, 8, 2, 23
 RELU = Activation("relu", torch.relu, gated=False)
 ROUTINGS = ("zipf", "one-hot", "empty-rank", "padded", "uniform")
-TENSORS = ("gate_up", "down", "gate_up_bias", "down_bias")
 
 
 @cache
@@ -35,9 +42,9 @@ def bank(experts: int, gated: bool = True, bias: bool = True, dtype: torch.dtype
     def weight(*shape: int) -> Tensor:
         return torch.randn(shape, generator=draw, dtype=torch.float64).mul(0.5).to(dtype).requires_grad_()
 
-    biases = (weight(experts, rows), weight(experts, HIDDEN)) if bias else (None, None)
-    activation = SILU_MUL if gated else RELU
-    return DenseBank(weight(experts, rows, HIDDEN), weight(experts, HIDDEN, INNER), *biases, activation)
+    up_bias, down_bias = (weight(experts, rows), weight(experts, HIDDEN)) if bias else (None, None)
+    up, down = weight(experts, rows, HIDDEN), weight(experts, HIDDEN, INNER)
+    return DenseBank(up, down, up_bias, down_bias, SILU_MUL if gated else RELU)
 
 
 def batch(kind: str, rank: int, experts: int, seed: int = 0) -> tuple[Tensor, Routing]:
@@ -72,6 +79,52 @@ def single(
 
 def loss(out: Tensor) -> Tensor:
     return ((out - 1) ** 2).sum()
+
+
+def figures_of(values: Sequence[float]) -> dict[str, float]:
+    """Mean and 95 % t interval over seeds, as JSON takes it."""
+    return asdict(Interval.over_seeds(values))
+
+
+def cpu_share(seconds: float = 0.2) -> float:
+    """What part of a core this rank is given while all ranks compute at once: well below 1, times mean little."""
+    a = torch.randn(256, 256)
+    dist.barrier()
+    wall, cpu = time.perf_counter(), time.thread_time()
+    while time.perf_counter() - wall < seconds:
+        a @ a
+    return (time.thread_time() - cpu) / (time.perf_counter() - wall)
+
+
+class Clock:
+    """Wall seconds of all ranks, and processor seconds of this one, of the same thing done again and again."""
+
+    def __init__(self) -> None:
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
+
+    def time(self, way: Callable[[], object], count: bool = True) -> None:
+        """All ranks start together and the wall clock stops when the last is done. ``count`` False only warms up."""
+        dist.barrier()
+        wall, cpu = time.perf_counter(), time.process_time()
+        way()
+        spent = time.process_time() - cpu
+        dist.barrier()
+        if count:
+            self.wall.append(time.perf_counter() - wall)
+            self.cpu.append(spent)
+
+    def medians(self) -> dict[str, float]:
+        return {"wall": statistics.median(self.wall), "cpu": statistics.median(self.cpu)}
+
+
+def exact(engine: Engine, whole: DenseBank) -> dict[str, float]:
+    """:func:`worst` over all routings."""
+    found: dict[str, float] = {}
+    for kind in ROUTINGS:
+        for name, gap in worst(engine, whole, kind).items():
+            found[name] = max(found.get(name, 0.0), gap)
+    return found
 
 
 def worst(engine: Engine, whole: DenseBank, kind: str) -> dict[str, float]:
