@@ -22,7 +22,7 @@ WIDEST = 256
 """Experts of all layers together beyond which the chain of layers is cut: bounds of its pieces add up."""
 
 
-def bound(pairs: np.ndarray, devices: int, *, iterations: int = 400) -> float:
+def bound(pairs: np.ndarray, devices: int, *, iterations: int = 300) -> float:
     """No placement has fewer pairs apart than this. Chains of layers too wide for one relaxation are cut into pieces
     that share a layer; a single pair of layers too wide is bounded by degrees alone."""
     tables, experts = len(pairs), pairs.shape[1]
