@@ -110,7 +110,7 @@ def train_path(
     weights = np.array([len(row) for row in rows], float)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = PathNet(int(token_T.max()) + 1, *used_TLE.shape[1:], window=window)
+        net = PathNet(int(token_T.max()) + 1, used_TLE.shape[1], used_TLE.shape[2], window=window)
     optimiser = torch.optim.AdamW(net.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps)
     for _ in range(steps):
