@@ -9,7 +9,7 @@ Uses: parallel.outer, parallel._outer_fragments, parallel._codec
 Differs: 4-bit numbers have a scale for every 128 (the paper does not say); exchanged by gathering, without a server.
     After the last step what was trained since the last exchange becomes the plain mean.
 Claim: as good as data-parallel training from 35M to 4B parameters with two orders of magnitude less bandwidth.
-Shown: not tried
+Shown: lab.experiments.streaming_diloco
 """
 
 from __future__ import annotations
