@@ -17,10 +17,12 @@ from moekit.cli.demo import demo
 from moekit.cli.eval import evaluate
 from moekit.cli.fit import fit
 from moekit.cli.inspect import inspect
+from moekit.cli.patterns import patterns
 from moekit.cli.plan import plan
 from moekit.cli.profile import profile
 from moekit.cli.recover import recover
 from moekit.cli.reproduce import reproduce
+from moekit.cli.retrieve import retrieve
 from moekit.cli.systems import systems
 from moekit.cli.verify import verify
 from moekit.errors import MoekitError
@@ -33,6 +35,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "fit": fit,
     "apply": apply,
     "compress": compress,
+    "patterns": patterns,
+    "retrieve": retrieve,
     "recover": recover,
     "build": build,
     "compare": compare,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -94,6 +94,19 @@ class Patterns:
         first, *others = sorted(far, key=lambda task: far[task])
         return Match(first, far[first], far[others[0]] - far[first] if others else float("inf"))
 
+    def without(self, task: str) -> Patterns:
+        """The other tasks."""
+        keys, ranks = ({name: one for name, one in of.items() if name != task} for of in (self.keys, self.ranks))
+        return replace(self, keys=keys, ranks=ranks)
+
+    def check_source(self, fingerprint: str) -> None:
+        """PlanError for patterns of another model."""
+        if fingerprint != self.source:
+            raise PlanError(
+                f"the patterns are of another model (fingerprint {self.source[:12]}, this one has "
+                f"{fingerprint[:12]}): profile this model and store them again"
+            )
+
     def experts(self, task: str, count: int, num_groups: int = 1) -> dict[str, tuple[int, ...]]:
         """The ``count`` best experts of every layer, ascending. OptionError for a task that is not stored."""
         if task not in self.keys:
@@ -106,11 +119,7 @@ class Patterns:
 
     def plan(self, task: str, keep: float | int, source: Source) -> Plan:
         """Keep a task's best experts. PlanError for patterns of another model and impossible counts."""
-        if source.fingerprint != self.source:
-            raise PlanError(
-                f"the patterns are of another model (fingerprint {self.source[:12]}, this one has "
-                f"{source.fingerprint[:12]}): profile this model and store them again"
-            )
+        self.check_source(source.fingerprint)
         sites = {site.name: site for site in sites_of(source) if not site.extra}
         site = sites[self.layers[0]]
         kept = self.experts(task, count_to_keep(keep, site), site.num_groups)
