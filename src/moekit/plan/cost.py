@@ -19,8 +19,10 @@ import numpy as np
 import torch
 
 from moekit.algebra import cosine_of_gram
-from moekit.bank import ExpertBank, ExpertWeights
+from moekit.bank import ExpertBank
+from moekit.contract import Routing
 from moekit.formats import DenseBank, PackedBank, packed_nbytes
+from moekit.kernels import run
 from moekit.plan.low_rank import Rank, factor_nbytes, matrices, truncated
 from moekit.plan.planner import Site
 
@@ -195,9 +197,16 @@ def _errors(
     """Of every bank made of this one."""
     if x_TH is None:
         x_TH = torch.randn(SAMPLED_TOKENS, bank.hidden_size, generator=torch.Generator().manual_seed(0))
-    before = [_output(bank, e, x_TH) for e in range(bank.num_experts)]
+    before_TEH = _outputs(bank, x_TH)
+    energy_E = before_TEH.square().sum((0, 2)).clamp(min=1e-30)
     for form, other in made:
-        yield form, np.array([_relative(_output(other, e, x_TH), wanted) for e, wanted in enumerate(before)])
+        yield form, ((_outputs(other, x_TH) - before_TEH).square().sum((0, 2)) / energy_E).double().numpy()
+
+
+def _outputs(bank: ExpertBank, x_TH: torch.Tensor) -> torch.Tensor:
+    """[T, E, H]: what every expert returns for every token."""
+    all_TE = torch.arange(bank.num_experts).expand(len(x_TH), -1)
+    return run(bank, x_TH, Routing(all_TE, torch.ones(all_TE.shape)))
 
 
 def tried_experts(layer: MoELayer) -> list[int]:
@@ -229,13 +238,3 @@ def _inputs(seen: LayerProfile) -> torch.Tensor | None:
         return None
     step = max(1, len(seen.hidden) // SAMPLED_TOKENS)
     return torch.from_numpy(np.ascontiguousarray(seen.hidden[::step][:SAMPLED_TOKENS])).float()
-
-
-def _output(bank: ExpertBank, expert: int, x_TH: torch.Tensor) -> torch.Tensor:
-    weights: ExpertWeights = bank.expert(expert)
-    hidden = bank.activation(torch.nn.functional.linear(x_TH, weights.gate_up, weights.gate_up_bias))
-    return torch.nn.functional.linear(hidden, weights.down, weights.down_bias)
-
-
-def _relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found - wanted).square().sum() / wanted.square().sum().clamp(min=1e-30))
