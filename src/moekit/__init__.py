@@ -23,6 +23,7 @@ _PUBLIC = {
     "measure": ("bits_per_byte", "compare"),
     "plan": ("LayerPlan", "Plan", "apply", "fit", "verify"),
     "profile": ("Profile",),
+    "run": ("load", "paging"),
     "stream": ("StreamedModel", "open_model"),
 }
 _ROOM = {name: room for room, names in _PUBLIC.items() for name in names}

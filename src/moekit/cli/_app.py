@@ -23,6 +23,7 @@ from moekit.cli.profile import profile
 from moekit.cli.recover import recover
 from moekit.cli.reproduce import reproduce
 from moekit.cli.retrieve import retrieve
+from moekit.cli.run import run
 from moekit.cli.systems import systems
 from moekit.cli.verify import verify
 from moekit.errors import MoekitError
@@ -41,6 +42,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "build": build,
     "compare": compare,
     "verify": verify,
+    "run": run,
     "eval": evaluate,
     "systems": systems,
     "reproduce": reproduce,

@@ -21,7 +21,7 @@ class Arrivals(Protocol):
 
 
 def windows(start_E: np.ndarray, size: int, arrivals: Arrivals | None) -> Iterator[tuple[int, int]]:
-    """Windows of ``size`` sorted pairs, in parts of as many experts as can be there at once, each yielded when they are.
+    """Windows of ``size`` sorted pairs, in parts of as many experts as can be there at once, yielded when they are.
 
     ``start_E`` [E + 1]: where each expert's pairs begin. Windows begin at multiples of ``size`` whatever arrives when,
     because bits depend on which rows are multiplied together.

@@ -19,7 +19,7 @@ from moekit.checkpoint.banks import read_bank
 from moekit.checkpoint.reader import Reader
 from moekit.errors import UnsupportedModelError
 from moekit.kernels import ArrivingExperts, is_decorated
-from moekit.run._pages import Pages
+from moekit.run._pages import Pages, page_charge
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class PagedExperts:
             shell._parameters[name] = nn.Parameter(tensor, requires_grad=False)
         self.run = ArrivingExperts(shell)
         self._weights = {name: shell._parameters[name].data for name in self._pages}
-        self.charge = sum(pages.charge for pages in self._pages.values())
+        self.charge = charge(block)
         self._copies = self._as_they_are()
         self.stored_bytes = self._bytes_on_disk()
 
@@ -133,6 +133,12 @@ def check(block: MoEBlock) -> None:
 def stacked(module: Any) -> Sequence[str]:
     """The parameters of an experts module that are paged; its biases stay in memory."""
     return ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
+
+
+def charge(block: MoEBlock) -> int:
+    """The most memory that one expert of a block takes in its pages."""
+    weights = [getattr(block.experts, name) for name in stacked(block.experts)]
+    return sum(page_charge(weight[0].numel() * weight.element_size()) for weight in weights)
 
 
 def used(index_TK: Tensor, num_experts: int) -> list[int]:

@@ -38,11 +38,6 @@ class Pages:
         """Bytes ``start`` to ``stop`` of a row, to be filled."""
         return memoryview(self._map)[row * self.row_bytes + start : row * self.row_bytes + stop]
 
-    @property
-    def charge(self) -> int:
-        """The most memory that one row may take: its bytes, and the rest of the pages at both ends."""
-        return self.row_bytes + (0 if self.row_bytes % mmap.PAGESIZE == 0 else 2 * mmap.PAGESIZE - 1)
-
     def keep(self, row: int) -> None:
         """A row is about to be filled."""
         self._kept[row] = True
@@ -64,3 +59,8 @@ class Pages:
         low = page * mmap.PAGESIZE // self.row_bytes
         high = -(-(page + 1) * mmap.PAGESIZE // self.row_bytes)
         return bool(self._kept[low:high].any())
+
+
+def page_charge(row_bytes: int) -> int:
+    """The most memory that one row may take: its bytes, and the rest of the pages at both ends."""
+    return row_bytes + (0 if row_bytes % mmap.PAGESIZE == 0 else 2 * mmap.PAGESIZE - 1)

@@ -21,7 +21,7 @@ from moekit.blocks import MoEBlock, blocks
 from moekit.checkpoint import Checkpoint, MoELayer
 from moekit.checkpoint.reader import Reader
 from moekit.errors import BudgetError, OptionError, UnsupportedModelError
-from moekit.run._layers import PagedExperts, check, stacked, used
+from moekit.run._layers import PagedExperts, charge, check, stacked, used
 from moekit.run._room import working_bytes
 from moekit.run.policy import CachePolicy
 from moekit.run.policy import policy as named
@@ -111,7 +111,7 @@ def load(
     ref: str | os.PathLike[str] | Checkpoint,
     memory: int | float | str | Cap | None = None,
     *,
-    policy: str | CachePolicy = DEFAULT_POLICY,
+    policy: str | CachePolicy | None = None,
     context: int = DEFAULT_CONTEXT,
     dtype: torch.dtype | None = None,
     threads: int = THREADS,
@@ -121,7 +121,7 @@ def load(
     Args:
         ref: a folder, a cached hub id, ``moekit:NAME`` or an open checkpoint; in its family's own files.
         memory: cap on the peak resident set of the whole process: bytes, "4GB", or None for all experts in memory.
-        policy: which experts make room for others, see :func:`moekit.run.policy`.
+        policy: which experts make room for others, see :func:`moekit.run.policy`; None for the usual one.
         context: tokens, prompt and answer together, of all sequences of a batch, that memory is set aside for.
         dtype: of the weights in memory; the checkpoint's own if None.
         threads: how many experts are read at the same time.
@@ -135,18 +135,22 @@ def load(
     if context < 1 or threads < 1:
         raise OptionError("context and threads must be at least 1")
     limit = cap(memory)
-    chosen = named(policy) if isinstance(policy, str) else policy
-    model = LoadedModel.load(checkpoint, dtype=dtype, absent=_expert_keys, max_ram=limit).model
+    chosen = policy if isinstance(policy, CachePolicy) else named(policy or DEFAULT_POLICY)
+
+    def beside(model: PreTrainedModel) -> int:
+        return max(map(charge, blocks(model))) + working_bytes(model, checkpoint, context)
+
+    model = LoadedModel.load(checkpoint, dtype=dtype, absent=_expert_keys, beside=beside, max_ram=limit).model
     found, reader = blocks(model), Reader(checkpoint.path, checkpoint.tensors, direct=True)
     layers = [PagedExperts(checkpoint, reader, _layer(checkpoint, block), block) for block in found]
     smallest, working = max(layer.charge for layer in layers), working_bytes(model, checkpoint, context)
-    limit.require(smallest + working, "one expert, and what a context is computed in,")
     paging = Paging(ExpertStore(layers, smallest, chosen, threads), found, context=context)
     _install(model, paging)
     _warm_up(paging)
+    limit.require(working, "a context")
     room = limit.room()
     budget = paging.expert_bytes if room is None else room + paging.store.held_bytes - working
-    paging.store.resize(min(max(budget, smallest), paging.expert_bytes))
+    paging.store.resize(min(budget, paging.expert_bytes))
     model.__dict__["_moekit_paging"] = paging
     return model
 

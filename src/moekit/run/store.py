@@ -194,8 +194,11 @@ class ExpertStore:
         for thread in self._threads:
             thread.join()
         with self._changed:
-            for key in list(self._resident):
-                self._evict(key)
+            for key in list(self._entries):
+                if key in self._resident:
+                    self._evict(key)
+                else:
+                    self._forget(key)
 
     # -- inside; the lock is held
 

@@ -1,5 +1,6 @@
 """Running a model without holding it: layer by layer from disk, under a cap on memory."""
 
+from moekit.stream import _footprint as footprint
 from moekit.stream.memory import Cap, cap, gigabytes, parse_bytes, peak_rss, rss
 from moekit.stream.runner import LoadedModel, Runner, open_model, pick_device
 from moekit.stream.streamed import StreamedModel, smallest_cap
@@ -10,6 +11,7 @@ __all__ = [
     "Runner",
     "StreamedModel",
     "cap",
+    "footprint",
     "gigabytes",
     "open_model",
     "parse_bytes",

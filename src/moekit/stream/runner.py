@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -44,12 +44,30 @@ class LoadedModel:
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        absent: Callable[[PreTrainedModel], Collection[str]] | None = None,
+        beside: Callable[[PreTrainedModel], int] | None = None,
+        max_ram: int | float | str | memory.Cap | None = None,
     ) -> LoadedModel:
-        """Every tensor read once into memory of its own; dense, whatever the layout on disk."""
+        """Every tensor read once into memory of its own; dense, whatever the layout on disk.
+
+        ``absent`` names, for the empty model, the state-dict keys that stay on the meta device; ``beside`` is how many
+        bytes will be wanted beside the others under ``max_ram``.
+
+        Raises:
+            BudgetError: what is to be loaded does not fit under ``max_ram``; names the smallest that works.
+        """
         model = live_skeleton(checkpoint, dtype, torch.device(device))
         weights = Weights(model, CheckpointSource(checkpoint, model.dtype), torch.device(device), str(checkpoint.path))
-        weights.load(weights.meta)
+        left_out = set(absent(model)) if absent else set[str]()
+        keys = [key for key in weights.meta if key not in left_out]
+        need = max(weights.loading_bytes(keys), weights.resident_bytes(keys) + (beside(model) if beside else 0))
+        memory.cap(max_ram).require(need, "what is always in memory" if left_out else "the whole model")
+        weights.load(keys)
         memory.trim()
         return cls(model, checkpoint)
 

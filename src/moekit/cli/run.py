@@ -1,0 +1,93 @@
+"""`moekit run`: text from a model that is larger than the memory it gets."""
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moekit.cli import _show
+from moekit.cli._options import Json, Model
+
+if TYPE_CHECKING:
+    from moekit.run.answer import Cost
+
+MEMORY_HELP = "Cap on this process's peak memory, such as 4GB (10^9 bytes). Default: all experts in memory."
+Memory = Annotated[str | None, typer.Option("--memory", metavar="SIZE", help=MEMORY_HELP)]
+Policy = Annotated[
+    str | None,
+    typer.Option(
+        "--policy", metavar="POLICY", help="Which experts make room: lru, decayed-lfu, arc ...; tune chooses."
+    ),
+]
+
+
+def run(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to go on from; - reads standard input.")],
+    memory: Memory = None,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", metavar="N", min=1, help="At most so many.")] = 128,
+    temperature: Annotated[
+        float, typer.Option("--temperature", metavar="X", min=0, help="0: the likeliest token.")
+    ] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of drawing tokens.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="The prompt is the user's turn of the chat template.")] = False,
+    policy: Policy = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Say afterwards what it took, and the bounds.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Generate from a fraction of the memory a model needs: experts are read from its own files as they are used.
+
+    The tokens are those of the whole model in memory, whatever the cap.
+
+    \b
+    Examples:
+      moekit run moekit:mini "def add(a, b):" --memory 700MB --explain
+      moekit run ./Qwen3-30B-A3B "Why is the sky blue?" --chat --memory 8GB
+    """
+    from moekit.checkpoint import Checkpoint
+    from moekit.run.answer import answer, prompt_ids
+    from moekit.run.paging import load
+
+    checkpoint = Checkpoint.open(model)
+    tokenizer = checkpoint.tokenizer()
+    ids = prompt_ids(tokenizer, sys.stdin.read() if prompt == "-" else prompt, chat)
+    context = ids.shape[1] + new_tokens
+    opened = load(checkpoint, memory, context=context, policy=policy)
+    made, cost = answer(
+        opened, ids, new_tokens, tokenizer=tokenizer, say=None if as_json else _say, temperature=temperature, seed=seed
+    )
+    if as_json:
+        _show.emit({"text": str(tokenizer.decode(made, skip_special_tokens=True)), **cost.as_dict()})
+        return
+    _say("\n")
+    if explain:
+        sys.stderr.write("".join(f"{name:<22}{value}\n" for name, value in explained(cost)))
+
+
+def _say(text: str) -> None:
+    """Text on standard output at once, as it is."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def explained(cost: "Cost") -> list[tuple[str, str]]:
+    """What an answer took, a line each."""
+    counters, gigabytes = cost.counters, _show.gigabytes
+    read = counters.demand_bytes + counters.prefetch_bytes
+    share = f", {counters.hit_rate / cost.bound:.2f} of Belady's {cost.bound:.3f}" if cost.bound else ""
+    tokens = cost.prompt_tokens + cost.new_tokens - 1
+    each = read / tokens
+    rate = read / counters.read_seconds if counters.read_seconds else 0.0
+    return [
+        ("prompt", f"{cost.prompt_tokens} tokens, first new one after {cost.first:.2f} s"),
+        ("speed", f"{cost.tokens_per_second:.2f} tokens/s for the {cost.new_tokens - 1} after it"),
+        ("experts in memory", f"{cost.experts} of {cost.all_experts}"),
+        ("hit rate", f"{counters.hit_rate:.3f}{share}"),
+        (
+            "read from disk",
+            f"{gigabytes(read)}, {gigabytes(each)} a token, {gigabytes(rate)}/s in each thread",
+        ),
+        ("read ahead in vain", gigabytes(counters.useless_bytes)),
+        ("stalled", f"{counters.stall_seconds:.2f} s, {1000 * counters.stall_seconds / tokens:.1f} ms a token"),
+        ("peak memory", gigabytes(cost.peak)),
+    ]
