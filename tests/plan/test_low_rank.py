@@ -18,13 +18,13 @@ from moekit import lab
 from moekit.checkpoint import Checkpoint
 from moekit.formats import LowRankBank
 from moekit.plan import LiveLoss, fit
-from moekit.plan.candidates import candidate, distinct, rows_kept, single_methods
-from moekit.plan.cost import WHOLE, LayerCost, layer_cost, rank_errors
+from moekit.plan.candidates import Candidate, candidate, distinct, rows_kept
+from moekit.plan.cost import WHOLE, Form, LayerCost, layer_cost, rank_errors
 from moekit.plan.explain import ranks_in
 from moekit.plan.low_rank import Rank, factored, ranks_of, truncated
 from moekit.plan.planner import Site
 from moekit.plan.sizes import plan_nbytes, source_nbytes
-from moekit.plan.solve import Weights, in_order, layer_menu, solve
+from moekit.plan.solve import Weights, in_order, layer_menu, solve, uniform
 from moekit.profile import Profile, profile
 from moekit.stream import LoadedModel
 
@@ -167,10 +167,13 @@ def test_plans_of_factors_are_told_apart_and_keep_their_rows(planted, seen) -> N
         for layer in planted.moe_layers
     ]
     unit = Weights(*[{c.site.name: 1.0 for c in costs}] * 2)
-    singles = {one.name: one for one in single_methods(costs, unit, ["frequency"], 10**9, planted.fingerprint)}
-    assert {"all experts", "all experts at rank 4", "all experts at rank 2"} <= set(singles)
-    alike = [singles["all experts"], singles["all experts at rank 4"], singles["all experts at rank 2"]]
-    assert distinct(alike) == alike
+
+    def all_at(form: Form) -> Candidate:
+        points = [uniform(c, unit, "frequency", 4, form) for c in costs]
+        return candidate("all", points, costs, unit, planted.fingerprint)
+
+    alike = [all_at(WHOLE), all_at(Rank(4)), all_at(Rank(2))]
+    assert distinct([*alike, all_at(Rank(2))]) == alike
     assert "4 at rank 4" in next(iter(alike[1].plan.layers.values())).why
     assert plan_nbytes(alike[2].plan, planted) < plan_nbytes(alike[1].plan, planted) < source_nbytes(planted)
     points = [layer_menu(c, unit, "frequency")[0] for c in costs]

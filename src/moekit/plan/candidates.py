@@ -67,17 +67,16 @@ def solved(
 def single_methods(
     costs: Sequence[LayerCost], weights: Weights, rankings: Sequence[str], budget: int, source: str
 ) -> Iterator[Candidate]:
-    """For each ranking and each precision or rank, the most experts per layer, the same in all, that fit."""
-    forms: list[Form] = [*SINGLE, *costs[0].ranks]
-    for form in forms:
-        if not all(form in cost.nbytes for cost in costs):
+    """For each ranking and precision, the most experts per layer, the same in all, that fit."""
+    for precision in SINGLE:
+        if not all(precision in cost.nbytes for cost in costs):
             continue
         for ranking in rankings:
-            points = _most(costs, weights, ranking, form, budget)
+            points = _most(costs, weights, ranking, precision, budget)
             if points is None:
                 continue
             whole = all(len(p.kept) == c.site.num_experts for p, c in zip(points, costs, strict=True))
-            how = "" if form == WHOLE else f" at {named(form)}"
+            how = "" if precision == WHOLE else f" at {named(precision)}"
             count = f"{len(points[0].kept)} of {costs[0].site.num_experts} experts by {ranking}"
             yield candidate(("all experts" if whole else count) + how, points, costs, weights, source)
             if whole:
@@ -147,10 +146,12 @@ def rival(name: str, plan: Plan) -> Candidate:
     return Candidate(name, plan, 0, float("nan"), float("nan"))
 
 
-def _most(costs: Sequence[LayerCost], weights: Weights, ranking: str, form: Form, budget: int) -> list[Point] | None:
+def _most(
+    costs: Sequence[LayerCost], weights: Weights, ranking: str, precision: Precision, budget: int
+) -> list[Point] | None:
     for count in reversed(counts_allowed(costs[0])):
         if all(count in counts_allowed(cost) for cost in costs):
-            points = [uniform(cost, weights, ranking, count, form) for cost in costs]
+            points = [uniform(cost, weights, ranking, count, precision) for cost in costs]
             if sum(point.nbytes for point in points) <= budget:
                 return points
     return None
