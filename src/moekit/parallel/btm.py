@@ -9,7 +9,7 @@ Uses: parallel._outer_posterior
 Differs: sums are float64. A model with prior 0 is not run, which is the paper's top-k inference.
 Claim: better perplexity in and out of domain than a dense model of equal compute at 125M to 1.3B; splitting the text at
     random does not work, and averages work only where all branches have one seed.
-Shown: not tried
+Shown: lab.experiments.btm
 """
 
 from __future__ import annotations

@@ -9,15 +9,18 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
 from moekit.lab._batches import Batches as Mixture
+from moekit.lab._batches import text_tokens
 from moekit.lab._recipe import RECIPES
 from moekit.lab.experiments._building import Ground
+from moekit.lab.texts import TEXTS
 from moekit.parallel._outer_apart import apart
 from moekit.parallel._outer_link import Link, SlowLink
 from moekit.parallel.spes import Spes
@@ -40,21 +43,9 @@ class Work:
 
     def batches(self, seed: int, worker: int) -> Batches:
         """Drawn from the embedded models' last mixture, or from the worker's domains of it in the same proportions."""
-        recipe = replace(
-            RECIPES["dense"],
-            seed=seed * 101 + worker,
-            tokens_per_step=self.tokens,
-            context=LENGTH,
-            long_share=0.0,
-            phases=(self._phase(worker),),
-        )
-        source = Mixture(recipe)
-
-        def batch(step: int) -> Batch:
-            ids, weight = source.batch(step)
-            return {"input_ids": ids, "weight": weight}
-
-        return batch
+        mixture = RECIPES["dense"].phases[0].mixture
+        own = self.own[worker] if self.own else tuple(mixture)
+        return draws(seed * 101 + worker, self.tokens, {name: mixture[name] for name in own})
 
     def all_batches(self, seed: int, workers: Sequence[int]) -> Batches:
         """The rows of several workers in one batch."""
@@ -66,11 +57,38 @@ class Work:
 
         return batch
 
-    def _phase(self, worker: int) -> Any:
-        phase = RECIPES["dense"].phases[0]
-        if not self.own:
-            return phase
-        return replace(phase, mixture={name: phase.mixture[name] for name in self.own[worker]})
+
+@cache
+def _text(domain: str) -> np.ndarray:
+    return text_tokens(domain, "train")
+
+
+@dataclass(frozen=True)
+class _Mixture(Mixture):
+    """Reads the texts once per process, however many draw from them."""
+
+    @cached_property
+    def _tokens(self) -> dict[str, np.ndarray]:
+        return {domain: _text(domain) for domain in TEXTS if domain in self.recipe.phases[0].mixture}
+
+
+def draws(seed: int, tokens: int, mixture: Mapping[str, float]) -> Batches:
+    """Batches of so many tokens, rows of one domain each; answers weigh more than prompts, as the embedded models had."""
+    recipe = replace(
+        RECIPES["dense"],
+        seed=seed,
+        tokens_per_step=tokens,
+        context=LENGTH,
+        long_share=0.0,
+        phases=(replace(RECIPES["dense"].phases[0], mixture=dict(mixture)),),
+    )
+    source = _Mixture(recipe)
+
+    def batch(step: int) -> Batch:
+        ids, weight = source.batch(step)
+        return {"input_ids": ids, "weight": weight}
+
+    return batch
 
 
 @cache
@@ -114,10 +132,10 @@ def apart_run(row: StreamingDiLoCo | Spes, work: Work, seed: int, slow: SlowLink
     """One contestant, run by every process of the default group at once.
 
     ``loss`` in bits per byte, of the one model that all end with (judged by the first worker alone); what was
-    exchanged; ``numbers`` in the model, ``trained`` of them by this worker, and the ``seconds`` that was not waited.
+    exchanged; ``numbers`` in the model and its ``experts``, ``trained`` of them by this worker; ``seconds`` not waited.
     """
     link, model = Link(timeout=300.0, slow=slow), fresh(seed)
-    numbers = sum(p.numel() for p in model.parameters())
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
     sync = row.attach(model, link)
     trained = sum(p.numel() for p in model.parameters())
     start = time.monotonic()
@@ -126,7 +144,9 @@ def apart_run(row: StreamingDiLoCo | Spes, work: Work, seed: int, slow: SlowLink
     sync.finish(work.steps)
     traffic = vars(link.traffic).copy()
     loss = ground().loss(model, seed) if link.rank == 0 and slow is None else None
-    return {"loss": loss, "traffic": traffic, "numbers": numbers, "trained": trained, "seconds": seconds}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    counts = {"numbers": sum(sizes.values()), "experts": experts, "trained": trained}
+    return {"loss": loss, "traffic": traffic, "seconds": seconds, **counts}
 
 
 def named(found: Mapping[str, float], seeds: Sequence[int]) -> list[dict[str, float]]:

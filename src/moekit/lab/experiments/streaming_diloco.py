@@ -6,8 +6,8 @@ top-2) from nothing for 160 steps of 512 tokens each on the embedded models' mix
 what no exchange gives), `diloco` (all at once, float32, waited for), `fragments` (4, float32, waited for), `overlap`
 (fragments, used 1 step later, half mixed in), `streaming` (the same in 4 bits), `streaming, 4 steps late`. Judged in
 bits per byte on the test split, mean over all domains. A second run of 48 steps for `diloco`, `fragments`, `overlap`
-and `streaming`, used 2 steps late, goes over an emulated link of 1 MB/s (8 Mbit/s) and counts seconds spent waiting; the
-bound is the time that the link needs minus the steps trained between beginning and use.
+and `streaming`, used 2 steps late, goes over an emulated link of 1 MB/s (8 Mbit/s) and counts seconds spent waiting;
+the bound is the time that the link needs minus the steps trained between beginning and use.
 
 Rule, written before the first run. `shown` if and only if
 1. the 95 % t interval over seeds of (streaming minus data parallel) does not lie wholly above zero and its mean is at
