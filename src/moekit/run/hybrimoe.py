@@ -9,7 +9,7 @@ Uses: run._policies_scored, run._policies_pools, run.schedule
 Differs: scores of a batch are averaged over its tokens (the release takes the first token's); the scheduler serves
     prefill too.
 Claim: 1.33x prefill and 1.70x decode over kTransformers; hit rate at 25 % cache 5 to 8 points above LRU.
-Shown: not tried
+Shown: lab.experiments.hybrimoe
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Shapes by suffix: T tokens, L MoE layers, E experts, S steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -68,6 +68,7 @@ def replay(
     horizon: int = 1,
     expert_bytes: int | Sequence[int] = 1,
     phase: Phase | None = None,
+    missed: Callable[[Request, Sequence[Key]], None] = lambda request, keys: None,
 ) -> Counters:
     """Drive ``policy`` with a trace through an empty cache of ``capacity`` experts.
 
@@ -75,7 +76,7 @@ def replay(
     ``depth`` (default ``width``) that ``predictor`` ranks for each of the next ``horizon`` layers are read ahead,
     nearest layer first, at most ``width`` of them: as many as the link carries while one layer computes, so that all
     arrive. None of them makes way for another. ``expert_bytes`` may differ by layer. Everything is replayed; ``phase``
-    says what is counted (default all).
+    says what is counted (default all). ``missed`` is told of each counted request that had misses, and of which.
 
     Raises:
         OptionError: the cache is smaller than the largest request, or a number is negative.
@@ -96,6 +97,7 @@ def replay(
         horizon=horizon,
         sizes=[expert_bytes] * trace.num_layers if isinstance(expert_bytes, int) else expert_bytes,
         phase=phase,
+        missed=missed,
     ).run()
 
 
@@ -121,6 +123,7 @@ class _Replay:
     horizon: int
     sizes: Sequence[int]
     phase: Phase | None
+    missed: Callable[[Request, Sequence[Key]], None]
     counts: bool = True  # whether the phase of this step is counted
     resident: set[Key] = field(default_factory=set)
     ahead: dict[Key, bool] = field(default_factory=dict)
@@ -174,6 +177,8 @@ class _Replay:
             self.counters.demand_bytes += len(missing) * self.sizes[layer]
             self.counters.layer_lookups[layer] += len(keys)
             self.counters.layer_hits[layer] += len(keys) - len(missing)
+            if missing:
+                self.missed(request, missing)
         if self.predictor is not None:
             self.predictor.observe(layer, request.experts)
             self._read_ahead(request, layer, pinned)
