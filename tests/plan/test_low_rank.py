@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 from moekit import lab
 from moekit.checkpoint import Checkpoint
 from moekit.formats import LowRankBank
-from moekit.plan import LiveLoss, fit
+from moekit.plan import LiveLoss, apply, fit, verify
 from moekit.plan.candidates import Candidate, candidate, distinct, rows_kept
 from moekit.plan.cost import WHOLE, Form, LayerCost, layer_cost, rank_errors
 from moekit.plan.explain import ranks_in
@@ -92,6 +92,22 @@ def test_experts_of_low_rank_are_stored_as_factors(planted, seen, loss) -> None:
     assert any(line.startswith("Low rank: ") for line in eased.levers)
     assert found.measured < without.measured / 4
     loss.restore()
+
+
+@torch.no_grad()
+def test_layers_of_factors_and_of_integers_lie_in_one_checkpoint(planted, seen, tmp_path, quick_reload) -> None:
+    plan = fit(planted, seen, ratio=0.4).plan
+    assert {layer.values.format if layer.values else layer.experts[0].bits for layer in plan.layers.values()} > {
+        LowRankBank.FORMAT
+    }
+    apply(planted, plan, tmp_path / "out")
+    verify(tmp_path / "out", planted, plan=plan).require()
+    ids = torch.from_numpy(np.asarray(seen.held_out["a"][0]).astype(np.int64))[None]
+    runner = LoadedModel.load(planted)
+    live = LiveLoss(runner, planted, [ids[0].numpy()])
+    live.become(plan)
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(input_ids=ids).logits
+    torch.testing.assert_close(runner.model(input_ids=ids).logits, written, atol=2e-4, rtol=1e-4)
 
 
 def test_formats_that_hold_no_factors_get_none(planted, seen) -> None:
