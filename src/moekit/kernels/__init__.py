@@ -6,7 +6,7 @@ from .bank_experts import BankExperts
 from .choice import explain
 from .experts import ArrivingExperts, register
 from .prepare import PrepareReport, prepare, restore
-from .run import forward, run
+from .run import forward, run, warm_up
 
 __all__ = [
     "Arrivals",
@@ -20,4 +20,5 @@ __all__ = [
     "register",
     "restore",
     "run",
+    "warm_up",
 ]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..bank import ExpertBank
+from ..bank import SILU_MUL, ExpertBank
 from ..contract import Routing
 from ..formats import DenseBank, LatentBank, LowRankBank, NestedBank, PackedBank, TernaryBank
 from . import _drive
@@ -53,3 +53,12 @@ def run(bank: ExpertBank, x_TH: Tensor, routing: Routing) -> Tensor:
 def forward(bank: ExpertBank, x_TH: Tensor, routing: Routing) -> Tensor:
     """Weighted sums [T, H]."""
     return _drive.forward(products_of(bank), x_TH, routing.expert, routing.weight)
+
+
+def warm_up(dtype: torch.dtype) -> None:
+    """Load (or compile) what plain experts of ``dtype`` run on, for few rows and for many: from then on its memory is
+    held, and nobody waits for it."""
+    bank = DenseBank(torch.zeros(2, 128, 64, dtype=dtype), torch.zeros(2, 64, 64, dtype=dtype), None, None, SILU_MUL)
+    for rows in (1, 64):
+        expert = torch.arange(rows)[:, None] % 2
+        forward(bank, torch.zeros(rows, 64, dtype=dtype), Routing(expert, torch.ones(rows, 1, dtype=dtype)))

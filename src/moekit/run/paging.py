@@ -21,12 +21,14 @@ from moekit.blocks import MoEBlock, blocks
 from moekit.checkpoint import Checkpoint, MoELayer
 from moekit.checkpoint.reader import Reader
 from moekit.errors import BudgetError, OptionError, UnsupportedModelError
+from moekit.kernels import warm_up
 from moekit.run._layers import PagedExperts, charge, check, stacked, used
+from moekit.run._predictors_gate import NextGate
 from moekit.run._room import working_bytes
 from moekit.run.policy import CachePolicy
 from moekit.run.policy import policy as named
 from moekit.run.predict import Predictor, Signal
-from moekit.run.store import Counters, ExpertStore
+from moekit.run.store import ExpertStore
 from moekit.stream import Cap, LoadedModel, cap
 
 NAME = "moekit-paged"
@@ -42,7 +44,7 @@ class Paging:
 
     ``horizon``: layers ahead that ``predictor`` looks, ``width``: experts fetched ahead for each, at most. ``context``:
     tokens per sequence that the budget reckons with. ``history``: the distinct experts of every batch, layer by layer,
-    as (layer, experts); None where it is not kept. ``tokens``: computed so far.
+    as (layer, experts); None where it is not kept. ``tokens``: computed so far. ``routing``: of this forward call.
     """
 
     store: ExpertStore
@@ -66,10 +68,12 @@ class Paging:
 
 
 class _Served:
-    """One experts module whose weights come from the store while it runs."""
+    """One experts module whose weights come from the store while it runs (a kernel's ``Arrivals``)."""
 
     def __init__(self, paging: Paging, layer: int, run: Any) -> None:
         self.paging, self.layer, self.run = paging, layer, run
+        self._read: Tensor | None = None
+        self._scores: list[float] | None = None
 
     @property
     def most(self) -> int:
@@ -78,6 +82,13 @@ class _Served:
     def __call__(self, experts: Sequence[int]) -> None:
         self.paging.store.need(self.layer, experts)
 
+    def routed(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """What the router read and said, noted for what follows (a forward hook)."""
+        router, count = self.paging.blocks[self.layer].router, self.paging.store.layers[self.layer].num_experts
+        self._read, _ = router.context(args, kwargs)
+        logits_TE = router.logits(output, self._read)[:, :count]
+        self._scores = logits_TE.float().softmax(1).mean(0).tolist()
+
     def forward(self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         if torch.is_grad_enabled() and (x_TH.requires_grad or weight_TK.requires_grad):
             raise OptionError("paged experts have no backward: call the model under torch.no_grad()")
@@ -85,8 +96,9 @@ class _Served:
         experts = used(index_TK, store.layers[self.layer].num_experts)
         if paging.history is not None:
             paging.history.append((self.layer, tuple(experts)))
-        store.begin(self.layer, experts, _scores(index_TK, weight_TK, store.layers[self.layer].num_experts))
-        self._look_ahead(x_TH, index_TK, experts)
+        store.begin(self.layer, experts, self._scores)
+        self._look_ahead(x_TH if self._read is None else self._read, index_TK, experts)
+        self._read = self._scores = None
         try:
             with torch.no_grad():
                 return self.run(x_TH, index_TK, weight_TK, self)
@@ -95,7 +107,7 @@ class _Served:
 
     def _look_ahead(self, x_TH: Tensor, index_TK: Tensor, experts: list[int]) -> None:
         paging = self.paging
-        if paging.predictor is None:
+        if paging.predictor is None or not paging.width:
             return
         if self.layer == 0:
             paging.routing.clear()
@@ -112,6 +124,7 @@ def load(
     memory: int | float | str | Cap | None = None,
     *,
     policy: str | CachePolicy | None = None,
+    ahead: int = 0,
     context: int = DEFAULT_CONTEXT,
     dtype: torch.dtype | None = None,
     threads: int = THREADS,
@@ -122,6 +135,7 @@ def load(
         ref: a folder, a cached hub id, ``moekit:NAME`` or an open checkpoint; in its family's own files.
         memory: cap on the peak resident set of the whole process: bytes, "4GB", or None for all experts in memory.
         policy: which experts make room for others, see :func:`moekit.run.policy`; None for the usual one.
+        ahead: how many experts of the next layer are read while one computes, as its router would choose now.
         context: tokens, prompt and answer together, of all sequences of a batch, that memory is set aside for.
         dtype: of the weights in memory; the checkpoint's own if None.
         threads: how many experts are read at the same time.
@@ -132,10 +146,12 @@ def load(
         UnsupportedModelError: a family whose experts cannot be paged.
     """
     checkpoint = ref if isinstance(ref, Checkpoint) else Checkpoint.open(ref)
-    if context < 1 or threads < 1:
-        raise OptionError("context and threads must be at least 1")
+    if context < 1 or threads < 1 or ahead < 0:
+        raise OptionError("context and threads must be at least 1, and ahead at least 0")
     limit = cap(memory)
     chosen = policy if isinstance(policy, CachePolicy) else named(policy or DEFAULT_POLICY)
+
+    warm_up(dtype or checkpoint.scheme.dtype)
 
     def beside(model: PreTrainedModel) -> int:
         return max(map(charge, blocks(model))) + working_bytes(model, checkpoint, context)
@@ -144,9 +160,9 @@ def load(
     found, reader = blocks(model), Reader(checkpoint.path, checkpoint.tensors, direct=True)
     layers = [PagedExperts(checkpoint, reader, _layer(checkpoint, block), block) for block in found]
     smallest, working = max(layer.charge for layer in layers), working_bytes(model, checkpoint, context)
-    paging = Paging(ExpertStore(layers, smallest, chosen, threads), found, context=context)
+    paging = Paging(ExpertStore(layers, smallest, chosen, threads), found, width=ahead, context=context)
+    paging.predictor = NextGate([block.choose for block in found]) if ahead else None
     _install(model, paging)
-    _warm_up(paging)
     limit.require(working, "a context")
     room = limit.room()
     budget = paging.expert_bytes if room is None else room + paging.store.held_bytes - working
@@ -178,14 +194,6 @@ def _expert_keys(model: PreTrainedModel) -> list[str]:
     return keys
 
 
-def _scores(index_TK: Tensor, weight_TK: Tensor, num_experts: int) -> list[float]:
-    """Mean combine weight of every expert over the batch, [E]."""
-    score = torch.zeros(num_experts + 1)
-    index = torch.where((index_TK >= 0) & (index_TK < num_experts), index_TK, num_experts)
-    score.index_add_(0, index.reshape(-1).cpu(), weight_TK.detach().reshape(-1).float().cpu())
-    return (score[:-1] / max(len(index_TK), 1)).tolist()
-
-
 def _install(model: PreTrainedModel, paging: Paging) -> None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -193,8 +201,10 @@ def _install(model: PreTrainedModel, paging: Paging) -> None:
     for index, block in enumerate(paging.blocks):
         tier: Any = paging.store.layers[index]
         module: Any = block.experts
-        module.__dict__["_moekit_served"] = _Served(paging, index, tier.run)
+        served = module.__dict__["_moekit_served"] = _Served(paging, index, tier.run)
         module.config._experts_implementation = NAME
+        if not block.router.inline:
+            block.router_module.register_forward_hook(served.routed, with_kwargs=True)
     model.register_forward_pre_hook(partial(_before, paging), with_kwargs=True)
 
 
@@ -217,15 +227,3 @@ def _before(paging: Paging, model: Any, args: tuple[Any, ...], kwargs: dict[str,
     paging.tokens += ids.numel()
     if not before:
         paging.store.reset()
-
-
-@torch.no_grad()
-def _warm_up(paging: Paging) -> None:
-    """Run the first layer once with few and with many rows, so that compiled kernels and their buffers are resident
-    before the budget is reckoned."""
-    module: Any = paging.blocks[0].experts
-    dtype = next(iter(module.parameters())).dtype
-    for rows in (1, 64):
-        x_TH = torch.zeros(rows, paging.blocks[0].hidden_size, dtype=dtype)
-        module(x_TH, torch.zeros(rows, 1, dtype=torch.int64), torch.zeros(rows, 1, dtype=dtype))
-    paging.store.counters = Counters()
