@@ -73,7 +73,7 @@ class _Mixture(Mixture):
 
 
 def draws(seed: int, tokens: int, mixture: Mapping[str, float]) -> Batches:
-    """Batches of so many tokens, rows of one domain each; answers weigh more than prompts, as the embedded models had."""
+    """Batches of so many tokens, rows of one domain each; answers weigh more than prompts, as in the mini model."""
     recipe = replace(
         RECIPES["dense"],
         seed=seed,

@@ -1,10 +1,10 @@
 """BTM (n 119): is a set of models that never exchanged anything better than one trained on everything at equal compute?
 
 Setting: small dense models of the stock kind (4 layers, hidden size 96, MLP 96 wide) from nothing, on four domains
-(python, prose, c, translation), 240 steps of 1024 tokens in all. `dense`: all of it on all domains. BTM: a seed trained
-for the first 120 steps of just that run; then four branches of 120 steps of 256 tokens, each on its domain, so that all
+(python, prose, c, translation), 200 steps of 1024 tokens in all. `dense`: all of it on all domains. BTM: a seed trained
+for the first 100 steps of just that run; then four branches of 100 steps of 256 tokens, each on its domain, so that all
 tokens are equal in number, with the same fall of the rate. `random split`: the same branches, each on all domains.
-`from scratch`: four models of 240 steps of 256 tokens, each on its domain, begun from weights of its own. For each
+`from scratch`: four models of 200 steps of 256 tokens, each on its domain, begun from weights of its own. For each
 domain judged, the cached prior comes from 4 KB of its calibration text; ensembles then weigh by exact Bayes inside each
 window of 128. Judged in bits per byte on 4 KB of the test split of the four domains (`inside`), and of licences and
 facts, which nobody trained on (`outside`). Bounds: the best single branch for each domain, and fixed weights fitted by
@@ -23,6 +23,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from math import log
 from typing import Any
 
 import numpy as np
@@ -36,15 +37,14 @@ from moekit.lab._recipe import RECIPES
 from moekit.lab.experiments import Advance, Outcome
 from moekit.lab.experiments._building import LM, gap, means
 from moekit.lab.experiments._outer_training import LENGTH, RATE, draws
-from moekit.measure import bits_per_byte, windows
-from moekit.parallel._outer_posterior import Ensemble, best_static, told_of
+from moekit.measure import windows
+from moekit.parallel._outer_posterior import best_static, posteriors, told_of
 from moekit.parallel.btm import average, cached_prior
-from moekit.stream import LoadedModel
 from moekit.train import Batch, Batches, TrainOptions, distil
 from moekit.train.options import Course
 
 INSIDE, OUTSIDE = ("python", "prose", "c", "translation"), ("licences", "facts")
-STEPS, SEED_STEPS, TOKENS, TEXT = 240, 120, 1024, 4096
+STEPS, SEED_STEPS, TOKENS, TEXT = 200, 100, 1024, 4096
 SIZES: dict[str, Any] = {"hidden_size": 96, "num_layers": 4, "intermediate_size": 48, "top_k": 2}
 DENSE, OURS, RANDOM = "dense", "btm", "random split"
 SCRATCH = "from scratch"
@@ -139,34 +139,45 @@ def tokenizer() -> Any:
 
 def judged(dense: Any, families: Mapping[str, Sequence[Any]], domain: str, seed: int) -> dict[str, float]:
     """Bits per byte of every contestant on one domain's test text; priors are from its calibration text."""
-    texts = {domain: [lab.text(domain, "test", TEXT, seed)]}
-    cut = windows([lab.text(domain, "calibration", TEXT, seed)], tokenizer(), length=LENGTH, batch_size=1)
-    dev = [batch["input_ids"][0] for batch in cut.batches]
-    models = {DENSE: dense}
+    test, dev = Rows(domain, "test", seed), Rows(domain, "calibration", seed)
+    scores = {DENSE: test.bits(test.told([dense]), [1.0])}
     for name, branches in families.items():
-        prior = cached_prior(branches, dev)
-        models |= {
-            f"{name} ensemble": Ensemble(branches, prior),
-            f"{name} uniform, fixed": Ensemble(branches, EVEN, update=False),
-            f"{name} average": average(branches, EVEN),
-            f"{name} weighted average": average(branches, prior),
+        prior, told = cached_prior(branches, dev.rows), test.told(branches)
+        averages = {"average": EVEN, "weighted average": prior}
+        scores |= {
+            f"{name} ensemble": test.bits(told, prior),
+            f"{name} uniform, fixed": test.bits(told, EVEN, update=False),
         }
-    models[f"{OURS} fixed by EM"] = Ensemble(families[OURS], best_static(told(families[OURS], dev)), update=False)
-    scores = {name: score(model, texts) for name, model in models.items()}
-    scores[f"{OURS} best single branch"] = min(score(model, texts) for model in families[OURS])
+        scores |= {
+            f"{name} {how}": test.bits(test.told([average(branches, weights)]), [1.0])
+            for how, weights in averages.items()
+        }
+    told, branches = test.told(families[OURS]), families[OURS]
+    scores[f"{OURS} fixed by EM"] = test.bits(told, best_static(torch.cat(dev.told(branches), -1)), update=False)
+    scores[f"{OURS} best single branch"] = min(test.bits([t[j : j + 1] for t in told], [1.0]) for j in range(4))
     return scores
 
 
-@torch.no_grad()
-def told(models: Sequence[Any], dev: Sequence[Tensor]) -> Tensor:
-    """[J, N]: log-probabilities that each model gives to the tokens."""
-    found = [
-        told_of(torch.stack([model(input_ids=row[None]).logits.log_softmax(-1) for model in models]), row[None])[:, 0]
-        for row in dev
-    ]
-    return torch.cat(found, 1)
+class Rows:
+    """Windows of one domain's text."""
 
+    def __init__(self, domain: str, split: str, seed: int) -> None:
+        cut = windows([lab.text(domain, split, TEXT, seed)], tokenizer(), length=LENGTH, batch_size=1)
+        self.rows, self.num_bytes = [batch["input_ids"][0] for batch in cut.batches], sum(cut.num_bytes)
 
-def score(model: Any, texts: Mapping[str, Sequence[str]]) -> float:
-    (found,) = bits_per_byte(LoadedModel(model), texts, tokenizer(), length=LENGTH, batch_size=16).values()
-    return found.mean
+    @torch.no_grad()
+    def told(self, models: Sequence[Any]) -> list[Tensor]:
+        """Of each window, the log-probabilities [J, S - 1] that each model gives to its tokens."""
+        logits = ([model(input_ids=row[None]).logits for model in models] for row in self.rows)
+        return [
+            told_of(torch.stack(each).log_softmax(-1), row[None])[:, 0]
+            for each, row in zip(logits, self.rows, strict=True)
+        ]
+
+    def bits(self, told: Sequence[Tensor], prior: Sequence[float] | Tensor, *, update: bool = True) -> float:
+        """Bits per byte of the ensemble."""
+        prior_J, nats = torch.as_tensor(prior, dtype=torch.float64), 0.0
+        for each in told:
+            weight = posteriors(each[:, None], prior_J)[:, 0, :-1] if update else prior_J.log()[:, None]
+            nats -= float((weight + each.double()).logsumexp(0).sum())
+        return nats / log(2) / self.num_bytes
