@@ -18,7 +18,6 @@ from moekit.contract import Routing
 from moekit.errors import UnsupportedModelError
 from moekit.formats import DenseBank
 from moekit.kernels._layer import Layer, is_decorated
-from moekit.kernels.experts import NAME as SINGLE
 from moekit.parallel._errors import ParallelError
 from moekit.parallel._shards import collect
 from moekit.parallel._world import World
@@ -60,20 +59,21 @@ def attach(
             raise ParallelError(f"{name} has {module.num_experts} whole experts, its layout {len(layout.owner)} units")
         engines[name] = Engine(world, layout, planner, **options)
     _register()
+    before = {name: module.config._experts_implementation for name, module in found.items()}
     for name, module in found.items():
         own = torch.tensor(engines[name].layout.own(world.rank), dtype=torch.int64)
         _replace(module, partial(_pick, own))
-        module.__dict__[_ENGINE] = engines[name]
+        module.__dict__[_ENGINE] = (engines[name], before[name])
         module.config._experts_implementation = NAME
     return engines
 
 
 def detach(model: nn.Module) -> None:
-    """Give every rank all experts back, as they are by now, and the kernels of one process. A collective call."""
+    """Give every rank all experts back, as they are by now, and the implementation from before. A collective call."""
     for module in [m for m in model.modules() if _ENGINE in m.__dict__]:
-        engine: Engine = module.__dict__.pop(_ENGINE)
+        engine, before = module.__dict__.pop(_ENGINE)
         _replace(module, partial(_whole, engine))
-        module.config._experts_implementation = SINGLE
+        module.config._experts_implementation = before
 
 
 def reduce_replicated(model: nn.Module, world: World) -> None:
@@ -95,7 +95,7 @@ def reduce_replicated(model: nn.Module, world: World) -> None:
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """[T, H] of an attached module; the sentinel ``num_experts`` in ``top_k_index`` is an unused slot."""
-    layer, engine = Layer.of_module(self), self.__dict__[_ENGINE]
+    layer, (engine, _) = Layer.of_module(self), self.__dict__[_ENGINE]
     bank = DenseBank(layer.gate_up, layer.down, layer.gate_up_bias, layer.down_bias, layer.activation)
     used = (top_k_index >= 0) & (top_k_index < engine.num_experts)
     routing = Routing(top_k_index.masked_fill(~used, -1), top_k_weights.masked_fill(~used, 0))
