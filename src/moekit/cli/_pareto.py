@@ -22,6 +22,7 @@ _COLOURS = (
     "#d81b60",
     "#5d4037",
 )
+_DASHES = ("-", "--", ":", "-.")
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
 <style>body{{font:15px system-ui;margin:2rem;color:#222}}td,th{{padding:.15rem .8rem;text-align:right}}
@@ -66,8 +67,16 @@ def png(found: "Comparison", path: Path) -> None:
     figure = Figure(figsize=(9, 5))
     axes = figure.subplots()
     for place, (name, line) in enumerate(lines(found).items()):
-        colour = _COLOURS[place % len(_COLOURS)]
-        axes.plot([size / 1e6 for size, _ in line], [loss for _, loss in line], "o-", color=colour, label=name)
+        ours = name == "fit"
+        axes.plot(
+            [size / 1e6 for size, _ in line],
+            [loss for _, loss in line],
+            marker="o",
+            label=name,
+            color="black" if ours else _COLOURS[place % len(_COLOURS)],
+            linestyle="-" if ours else _DASHES[place // len(_COLOURS) % len(_DASHES)],
+            linewidth=3 if ours else 1.5,
+        )
     axes.set(xlabel="weight files, MB", ylabel="KL from the source, nats per token", yscale="log", title=found.model)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=120, bbox_inches="tight")
