@@ -78,7 +78,7 @@ class Arena:
             finish = partial(calibrated, source=self.source, profile=seen) if calibratable(seen) else None
             found = fit(self.source, seen, size=nbytes, evaluate=partial(self._choice, seed=seed), finish=finish)
             self._chooser(seed).restore()
-            return found.describe().splitlines()[0], found.plan
+            return found.candidates[0].name, found.plan
         return within(spec, self.source, self.seen(seed), nbytes, make=lambda turned: self.plan(turned, seed))
 
     def _choice(self, plan: Plan, seed: int) -> float:
