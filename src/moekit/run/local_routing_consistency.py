@@ -9,7 +9,7 @@ Uses: run.policy, run._policies
 Differs: SCH counts first uses as misses for every policy alike (the release counts them as hits).
 Claim: SRP of 20 models lies between 19 and 78 % (m = 16); SCH ranks models as LRU hit rates do (correlation 0.90); a
     cache of twice the active experts is the knee.
-Shown: not tried
+Shown: lab.experiments.local_routing_consistency
 """
 
 from __future__ import annotations

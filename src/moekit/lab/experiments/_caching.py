@@ -45,9 +45,9 @@ class Reader:
             "tokens": f"teacher-forced: {SEQUENCES} held-out texts per domain, read as prompt and then one by one",
         }
 
-    def rows(self, split: str, seed: int, sequences: int = SEQUENCES) -> dict[str, list[torch.Tensor]]:
+    def rows(self, split: str, seed: int, sequences: int = SEQUENCES) -> dict[str, Sequence[torch.Tensor]]:
         """Token ids [LENGTH] by domain."""
-        found = {}
+        found: dict[str, Sequence[torch.Tensor]] = {}
         for domain in self.domains:
             text = lab.text(domain, split, 2 * sequences * LENGTH, seed)
             ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -77,7 +77,7 @@ def makespans(loads: Sequence[Sequence[int]], draw: np.random.Generator) -> dict
     """Mean modelled makespan by mapping, and how far the greedy one is from the exhaustive optimum."""
     method, spans = HybriMoE(), []
     for tokens in loads:
-        cached = draw.random(len(tokens)) < CACHED
+        cached = (draw.random(len(tokens)) < CACHED).tolist()
         spans.append(
             {
                 "greedy": method.schedule(tokens, cached).makespan,
