@@ -59,12 +59,12 @@ def test_a_file_of_examples(tmp_path) -> None:
 
 
 WRONG = {
-    '{"prompt": "1+1="}': r"line 1: expected .*, found '\{\"prompt\": \"1\+1=\"\}'",
+    '{"prompt": "1+1="}': r"line 1: expected JSON with the texts prompt, answer, found '\{\"prompt\": \"1\+1=\"\}'",
     '{"prompt": "1+1=", "answer": 2}': "line 1: expected",
     '{"prompt": "1+1=", "answer": ""}': "line 1: expected",
     "not json": "line 1: expected .* found 'not json'",
     "[1, 2]": "line 1: expected",
-    "": "has no examples",
+    "": "holds no record: give lines of JSON with the texts prompt, answer",
 }
 
 
@@ -76,7 +76,7 @@ def test_a_file_of_something_else_is_one_clear_line(text: str, tmp_path) -> None
 
 
 def test_a_file_that_cannot_be_read(tmp_path) -> None:
-    with pytest.raises(TextError, match=r"cannot read the task .*nothing: No such file"):
+    with pytest.raises(TextError, match=r"nothing cannot be read: No such file"):
         read_examples(tmp_path / "nothing")
     (tmp_path / "latin").write_bytes(b"\xff\xfe")
     with pytest.raises(TextError, match="it is not UTF-8"):

@@ -15,6 +15,7 @@ import numpy as np
 
 from moekit.algebra import Asymmetric, Grid, Symmetric, allocate_bits
 from moekit.compress._calibrated import joined, packed
+from moekit.compress._checks import check_group_size
 from moekit.compress._sample import NEEDS, Sample, replaced_error
 from moekit.compress._scores import summed
 from moekit.errors import OptionError
@@ -40,8 +41,7 @@ def check_average(method: str, bits: float, group_size: int) -> None:
     """OptionError unless the widths can have this average and groups this size."""
     if not WIDTHS[0] < bits <= WIDTHS[-1]:
         raise OptionError(f"{method}: bits={bits} is the average of 1, 2 and 3 bits: give more than 1, at most 3")
-    if group_size < 1:
-        raise OptionError(f"{method}: group_size={group_size} must be positive; 64 and 128 are usual")
+    check_group_size(method, group_size)
 
 
 def grid(width: int, group_size: int) -> Grid:

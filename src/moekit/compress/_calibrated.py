@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from moekit.algebra import Asymmetric, GptqReport, Grid, Rounded, as_codes, as_ternary, gptq
+from moekit.compress._checks import check_group_size
 from moekit.compress._sample import Moments, Sample, expert_moments
 from moekit.errors import OptionError
 from moekit.formats import WIDTHS, DenseBank, PackedBank, TernaryBank
@@ -55,8 +56,7 @@ def check_bits(method: str, bits: Iterable[int], group_size: int) -> None:
     for one in bits:
         if one not in WIDTHS:
             raise OptionError(f"{method}: bits={one} is a precision no format has; use one of {WIDTHS}")
-    if group_size < 1:
-        raise OptionError(f"{method}: group_size={group_size} must be positive; 64 and 128 are usual")
+    check_group_size(method, group_size)
 
 
 def packed(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +10,9 @@ import numpy as np
 import torch
 
 from moekit.checkpoint.quantizer import METHOD
-from moekit.errors import BudgetError, OptionError, TextError
+from moekit.errors import BudgetError, OptionError
 from moekit.measure import exact_match
+from moekit.measure.records import read_records
 from moekit.plan import LiveLoss, Plan
 from moekit.plan.live_streamed import StreamedLoss
 from moekit.stream import StreamedModel, memory, open_model
@@ -71,24 +71,4 @@ def read_examples(path: str | Path) -> list[tuple[str, str]]:
 
     Raises TextError for a file that cannot be read, has none, or has a line that is something else.
     """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise TextError(f"cannot read the task {path}: {reason}") from None
-    examples = [_example(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not examples:
-        raise TextError(f"the task {path} has no examples: give lines of a prompt and its answer")
-    return examples
-
-
-def _example(path: Path, number: int, line: str) -> tuple[str, str]:
-    try:
-        found = json.loads(line)
-    except ValueError:
-        found = None
-    pair = (found.get("prompt"), found.get("answer")) if isinstance(found, dict) else (None, None)
-    if not (isinstance(pair[0], str) and isinstance(pair[1], str) and pair[1]):
-        raise TextError(f'{path}, line {number}: expected {{"prompt": "...", "answer": "..."}}, found {line[:60]!r}')
-    return pair[0], pair[1]
+    return [(prompt, answer) for prompt, answer in read_records(path, ("prompt", "answer"))]

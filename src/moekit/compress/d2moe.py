@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from moekit.algebra import Asymmetric, as_planes, nested
 from moekit.compress._calibrated import damping, joined
+from moekit.compress._checks import check_group_size, check_price
 from moekit.compress._heads import fit_widths, mean_width
 from moekit.compress._sample import NEEDS, Sample, expert_moments
 from moekit.compress._skip import routed
@@ -59,10 +60,8 @@ class D2MoE(LayerPlanner):
                 f"d2moe: planes from base={self.base} to bits={self.bits} cannot be: a base has 1 to 4 bits, and "
                 f"bits lie between it and {WIDEST}"
             )
-        if self.group_size < 1:
-            raise OptionError(f"d2moe: group_size={self.group_size} must be positive; 64 and 128 are usual")
-        if not 0 <= self.price < float("inf"):
-            raise OptionError(f"d2moe: price={self.price} must be at least 0 (0 runs all at the widest)")
+        check_group_size(self.name, self.group_size)
+        check_price(self.name, self.price, "runs all at the widest")
 
     def plan_layer(self, layer: LayerProfile, bank: Callable[[], DenseBank], site: Site) -> LayerPlan:
         weights, sample = bank(), Sample.of(layer, self.domains)

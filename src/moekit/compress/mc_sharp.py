@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from moekit.compress._bits import NEEDED, check_average, mixed
+from moekit.compress._checks import check_price
 from moekit.compress._heads import fit_mask
 from moekit.compress._sample import Sample
 from moekit.compress._skip import kept_share, renormalises, routed
-from moekit.errors import OptionError
 from moekit.plan.document import LayerPlan
 from moekit.plan.planner import LayerPlanner, Site
 
@@ -49,8 +49,7 @@ class McSharp(LayerPlanner):
 
     def __post_init__(self) -> None:
         check_average("mc-sharp", self.bits, self.group_size)
-        if not 0 <= self.price < float("inf"):
-            raise OptionError(f"mc-sharp: price={self.price} must be at least 0 (0 keeps every slot)")
+        check_price(self.name, self.price, "keeps every slot")
 
     def plan_layer(self, layer: LayerProfile, bank: Callable[[], DenseBank], site: Site) -> LayerPlan:
         weights, sample = bank(), Sample.of(layer, self.domains)

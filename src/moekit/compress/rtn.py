@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from moekit.compress._checks import check_group_size
 from moekit.errors import OptionError
 from moekit.plan.check import BITS
 from moekit.plan.document import LayerPlan
@@ -34,8 +35,7 @@ class Rtn(LayerPlanner):
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise OptionError(f"rtn: bits={self.bits} is a precision no format has; use one of {BITS}")
-        if self.group_size < 1:
-            raise OptionError(f"rtn: group_size={self.group_size} must be positive; 64 and 128 are usual")
+        check_group_size(self.name, self.group_size)
 
     def plan_layer(self, layer: LayerProfile, bank: Callable[[], DenseBank], site: Site) -> LayerPlan:
         whole = LayerPlan.identity(site.num_experts, why=f"all experts at {self.bits} bits")

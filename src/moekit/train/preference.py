@@ -5,22 +5,21 @@ LLaVA-MoD (arXiv 2408.15881) takes the teacher as the reference; any model, a fr
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from moekit.errors import OptionError, TextError
+from moekit.measure.records import read_records
 from moekit.train import losses
 from moekit.train.balance import Balance
 from moekit.train.loop import Record, train
 from moekit.train.options import TrainOptions
-from moekit.train.sequences import Batch, Batches, inputs, padded
+from moekit.train.sequences import Batch, Batches, dealt, inputs, padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,15 +52,8 @@ def pair_batches(pairs: Sequence[Pair], size: int, seed: int = 0) -> Batches:
     """
     if not pairs or any(not len(part) for pair in pairs for part in pair):
         raise TextError("preference pairs need a prompt and two continuations, none of them empty")
-    count = min(size, len(pairs))
-    per_pass = len(pairs) // count
-
-    def batch(step: int) -> Batch:
-        turn, place = divmod(step, per_pass)
-        order = np.random.default_rng((seed, turn)).permutation(len(pairs))
-        return pair_batch([pairs[i] for i in order[place * count : (place + 1) * count]])
-
-    return batch
+    drawn = dealt(pairs, size, seed)
+    return lambda step: pair_batch(drawn(step))
 
 
 def read_pairs(path: str | Path, tokenizer: Any) -> list[Pair]:
@@ -70,24 +62,9 @@ def read_pairs(path: str | Path, tokenizer: Any) -> list[Pair]:
     Raises:
         TextError: a file that is missing, empty, not JSON, or a line that lacks one of the three.
     """
-    keys = ("prompt", "chosen", "rejected")
-    found: list[Pair] = []
-    try:
-        lines = Path(path).read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise TextError(f"{path} cannot be read: {error}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            said = json.loads(line)
-            prompt, better, worse = (tokenizer(said[key], add_special_tokens=False)["input_ids"] for key in keys)
-            found.append((prompt, better, worse))
-        except (ValueError, KeyError, TypeError):
-            raise TextError(f"{path}, line {number}: expected JSON with the texts {', '.join(keys)}") from None
-    if not found:
-        raise TextError(f"{path} holds no pair of answers: give a file with some")
-    return found
+    found = read_records(path, ("prompt", "chosen", "rejected"))
+    ids = ([tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts] for texts in found)
+    return [(prompt, better, worse) for prompt, better, worse in ids]
 
 
 def pair_batch(pairs: Sequence[Pair]) -> Batch:

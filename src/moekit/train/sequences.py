@@ -6,7 +6,7 @@ Shapes by suffix: B sequences, S tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from moekit.errors import TextError
 from moekit.measure import windows
 
+T = TypeVar("T")
 Batch = Mapping[str, Tensor]
 """``input_ids`` [B, S], ``attention_mask`` [B, S] where padded, and ``weight`` [B, S-1], the weight of the loss of
 predicting token s+1 at s, where not all count alike. Weights are shifted already: nothing shifts them again."""
@@ -31,15 +32,22 @@ def batches_of(rows: Sequence[Any], size: int, seed: int = 0) -> Batches:
     kept = [torch.as_tensor(np.asarray(row), dtype=torch.int64) for row in rows if len(row) > 1]
     if not kept:
         raise TextError("there is nothing to train on: give token sequences of at least two tokens")
-    count = min(size, len(kept))
-    per_pass = len(kept) // count
+    drawn = dealt(kept, size, seed)
+    return lambda step: padded(drawn(step))
 
-    def batch(step: int) -> Batch:
+
+def dealt(items: Sequence[T], size: int, seed: int = 0) -> Callable[[int], list[T]]:
+    """The ``size`` items of a step: every one once before any comes again (but for those that fill no batch), in an
+    order drawn anew for each pass."""
+    count = min(size, len(items))
+    per_pass = len(items) // count
+
+    def drawn(step: int) -> list[T]:
         turn, place = divmod(step, per_pass)
-        order = np.random.default_rng((seed, turn)).permutation(len(kept))
-        return padded([kept[i] for i in order[place * count : (place + 1) * count]])
+        order = np.random.default_rng((seed, turn)).permutation(len(items))
+        return [items[i] for i in order[place * count : (place + 1) * count]]
 
-    return batch
+    return drawn
 
 
 def padded(rows: Sequence[Tensor]) -> Batch:
