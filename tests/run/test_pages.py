@@ -19,7 +19,7 @@ def resident():
 
 
 def test_memory_follows_the_rows_that_are_kept():
-    pages = Pages(64, 1 << 20)
+    pages = Pages([1 << 20] * 64)
     before = resident()
     for row in range(32):
         pages.keep(row)
@@ -33,25 +33,25 @@ def test_memory_follows_the_rows_that_are_kept():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    row_bytes=st.integers(1, 3 * PAGE),
+    sizes=st.lists(st.integers(1, 3 * PAGE), min_size=10, max_size=10),
     steps=st.lists(st.tuples(st.integers(0, 9), st.booleans()), max_size=30),
 )
-def test_rows_keep_their_bytes_whatever_happens_to_their_neighbours(row_bytes, steps):
-    pages, kept = Pages(10, row_bytes), {}
+def test_rows_keep_their_bytes_whatever_happens_to_their_neighbours(sizes, steps):
+    pages, kept = Pages(sizes), {}
     for number, (row, keep) in enumerate(steps):
         if keep and row not in kept:
             pages.keep(row)
             kept[row] = number % 255 + 1
-            pages.view(row, 0, row_bytes)[:] = bytes([kept[row]]) * row_bytes
+            pages.view(row, 0, sizes[row])[:] = bytes([kept[row]]) * sizes[row]
         elif not keep and row in kept:
             pages.drop(row)
             del kept[row]
-        tensor = pages.tensor((row_bytes,), torch.uint8)
-        assert all(bool((tensor[row] == value).all()) for row, value in kept.items())
+        parts = {r: pages.part(r, 0, (sizes[r],), torch.uint8) for r in kept}
+        assert all(bool((parts[r] == value).all()) for r, value in kept.items())
 
 
 def test_a_dropped_row_of_whole_pages_reads_as_zero():
-    pages = Pages(3, PAGE)
+    pages = Pages([PAGE] * 3)
     for row in range(3):
         pages.keep(row)
         pages.view(row, 0, PAGE)[:] = b"x" * PAGE
@@ -62,9 +62,10 @@ def test_a_dropped_row_of_whole_pages_reads_as_zero():
 
 
 def test_views_are_parts_of_rows():
-    pages = Pages(4, 24)
+    pages = Pages([24] * 4)
     pages.view(2, 8, 16)[:] = torch.tensor([1.5, -2.0]).numpy().tobytes()
     assert pages.tensor((6,), torch.float32)[2].tolist() == [0, 0, 1.5, -2.0, 0, 0]
+    assert pages.part(2, 8, (2,), torch.float32).tolist() == [1.5, -2.0]
 
 
 @pytest.mark.parametrize("row_bytes", [1, PAGE - 1, PAGE, PAGE + 1, 5 * PAGE])

@@ -15,7 +15,8 @@ class Shelf:
     """One layer of pretended experts: knows which are kept and filled, and can be told to fail or to wait."""
 
     def __init__(self, name="layer", experts=8, charge=10):
-        self.name, self.num_experts, self.charge, self.stored_bytes = name, experts, charge, charge
+        self.name, self.num_experts = name, experts
+        self.charge = self.stored_bytes = [charge] * experts
         self.kept, self.filled, self.reads = set(), set(), []
         self.fail, self.gate = set(), None
 

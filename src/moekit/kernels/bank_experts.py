@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..bank import Activation, ExpertBank
 from ..errors import OptionError
 from ..formats import allocate, with_tensors
+from ._arrivals import Arrivals
 from ._drive import Products, forward
 from ._layer import activation_of, check_decorated, in_its_dtype
 from .rewrites import Rewrite, allocate_rewrite
@@ -24,6 +25,7 @@ class BankExperts(nn.Module):
     ``slots[s]`` is the stored expert that router row s uses; rows may share one, and -1 marks a row that is never
     selected (its pairs add nothing). None means row s uses expert s. ``rewrite`` changes the routing before the
     experts run. Inference only.
+    ``serve``, if set, computes in place of the module's own parameters; it is given stored experts.
     The parameters are named as on disk (``N.gate_up.qweight`` ...) and keep their dtypes under ``.to(dtype)``.
     """
 
@@ -44,6 +46,7 @@ class BankExperts(nn.Module):
         self.rewrite = rewrite
         self._empty = with_tensors(bank, {n: t.to("meta") for n, t in bank.tensors().items()})
         self._products: Products | None = None
+        self.serve: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
         self.register_load_state_dict_post_hook(_forget)
         for name, tensor in bank.tensors().items():
             expert, part, leaf = name.split(".")
@@ -94,13 +97,26 @@ class BankExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
             raise OptionError("stored experts have no backward: call the model under torch.no_grad()")
-        if self._products is None:
-            finish = in_its_dtype(self.post_expert_norm) if self.has_post_expert_norm else None
-            bank = self.bank if self.rewrite is None else self.rewrite.runs(self.bank)
-            self._products = products_of(bank, finish)
         if self.rewrite is not None:
             hidden_states, top_k_index, top_k_weights = self.rewrite(hidden_states, top_k_index, top_k_weights)
-        return forward(self._products, hidden_states, self._stored(top_k_index), top_k_weights)
+        stored = self._stored(top_k_index)
+        if self.serve is not None:
+            return self.serve(hidden_states, stored, top_k_weights)
+        if self._products is None:
+            self._products = self._on(self.bank)
+        return forward(self._products, hidden_states, stored, top_k_weights)
+
+    def arriving(self, bank: ExpertBank) -> Callable[[Tensor, Tensor, Tensor, Arrivals], Tensor]:
+        """This module's experts on another bank of the same form, whose weights come while they are computed:
+        (hidden [T, H], stored experts [T, K], weights [T, K], arrivals) -> [T, H]."""
+        products = self._on(bank)
+        return lambda x_TH, index_TK, weight_TK, arrivals: forward(
+            products, x_TH, index_TK, weight_TK, arrivals=arrivals
+        )
+
+    def _on(self, bank: ExpertBank) -> Products:
+        finish = in_its_dtype(self.post_expert_norm) if self.has_post_expert_norm else None
+        return products_of(bank if self.rewrite is None else self.rewrite.runs(bank), finish)
 
     def _stored(self, index_TK: Tensor) -> Tensor:
         """Router rows -> stored experts; a sentinel beyond the last row stays one."""

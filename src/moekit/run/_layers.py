@@ -6,11 +6,10 @@ Shapes by suffix: E experts, I intermediate size, H hidden size, G = 2I if gated
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from moekit.blocks import MoEBlock
@@ -18,7 +17,7 @@ from moekit.checkpoint import Checkpoint, ExpertTensor, MoELayer
 from moekit.checkpoint.banks import read_bank
 from moekit.checkpoint.reader import Reader
 from moekit.errors import UnsupportedModelError
-from moekit.kernels import ArrivingExperts, is_decorated
+from moekit.kernels import Arrivals, ArrivingExperts, is_decorated
 from moekit.run._pages import Pages, page_charge
 
 
@@ -37,8 +36,7 @@ class PagedExperts:
     """The stacked weights of one experts module, in the layout its family has in memory.
 
     The module's own parameters stay on the meta device, so that whoever reads them past the store fails loudly.
-    ``run`` computes with them; ``charge`` the most memory one expert takes, ``stored_bytes`` what is
-    read from disk for it.
+    ``run`` computes with them; ``charge`` is the most memory each expert takes, ``stored_bytes`` what is read for it.
 
     Raises:
         UnsupportedModelError: experts that do not lie stacked behind transformers' shared contract.
@@ -54,14 +52,14 @@ class PagedExperts:
         shell._parameters = dict(module._parameters)
         for name in stacked(module):
             weight = getattr(module, name)
-            self._pages[name] = Pages(len(weight), weight[0].numel() * weight.element_size())
+            self._pages[name] = Pages([weight[0].numel() * weight.element_size()] * len(weight))
             tensor = self._pages[name].tensor(weight.shape[1:], weight.dtype)
             shell._parameters[name] = nn.Parameter(tensor, requires_grad=False)
-        self.run = ArrivingExperts(shell)
+        self.run: Callable[[Tensor, Tensor, Tensor, Arrivals], Tensor] = ArrivingExperts(shell)
         self._weights = {name: shell._parameters[name].data for name in self._pages}
-        self.charge = charge(block)
+        self.charge: Sequence[int] = [charge(block)] * self.num_experts
         self._copies = self._as_they_are()
-        self.stored_bytes = self._bytes_on_disk()
+        self.stored_bytes: Sequence[int] = [self._bytes_on_disk()] * self.num_experts
 
     def keep(self, expert: int) -> None:
         for pages in self._pages.values():
@@ -95,13 +93,13 @@ class PagedExperts:
         """By expert, where its bytes lie, if they are on disk as in memory; None if they must be turned or decoded."""
         found = [[self._copy(tensor, expert) for tensor in self._weight_tensors(expert)] for expert in self._experts]
         sizes = {sum(piece.high - piece.low for piece in pieces if piece) for pieces in found}
-        whole = sizes == {sum(pages.row_bytes for pages in self._pages.values())}
+        whole = sizes == {sum(int(pages.ends[1]) for pages in self._pages.values())}
         return [[p for p in pieces if p] for pieces in found] if whole else None
 
     def _copy(self, tensor: ExpertTensor, expert: int) -> _Copy | None:
         layout: Any = self._layout
         name = "down_proj" if tensor.part == "down" else layout.up_name
-        row, info = self._pages[name].row_bytes, self._checkpoint.tensors[tensor.name]
+        row, info = int(self._pages[name].ends[1]), self._checkpoint.tensors[tensor.name]
         half = tensor.part in ("gate", "up") and layout.gated
         low, high = {"gate": (0, row // 2), "up": (row // 2, row)}[tensor.part] if half else (0, row)
         size = info.nbytes * tensor.rows // info.shape[0] if tensor.expert is None else info.nbytes
@@ -139,9 +137,3 @@ def charge(block: MoEBlock) -> int:
     """The most memory that one expert of a block takes in its pages."""
     weights = [getattr(block.experts, name) for name in stacked(block.experts)]
     return sum(page_charge(weight[0].numel() * weight.element_size()) for weight in weights)
-
-
-def used(index_TK: Tensor, num_experts: int) -> list[int]:
-    """The distinct experts of a routing, in order."""
-    experts = torch.unique(index_TK)
-    return experts[(experts >= 0) & (experts < num_experts)].tolist()

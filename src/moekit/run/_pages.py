@@ -14,29 +14,34 @@ _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 
 class Pages:
-    """``rows`` rows of ``row_bytes`` each, end to end: a stacked tensor whose rows come and go one by one.
+    """Rows of ``sizes`` bytes each, end to end: a stacked tensor whose rows come and go one by one.
 
     A page that two rows share stays as long as either is there. Not thread-safe: whoever owns it holds a lock around
     :meth:`keep` and :meth:`drop`; rows that are kept may be written from any thread. What was dropped reads as zero.
     """
 
-    def __init__(self, rows: int, row_bytes: int) -> None:
-        self.rows, self.row_bytes = rows, row_bytes
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.ends = np.cumsum([0, *sizes])
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
-        self._map = mmap.mmap(-1, max(rows * row_bytes, 1), flags=flags)
+        self._map = mmap.mmap(-1, max(int(self.ends[-1]), 1), flags=flags)
         if hasattr(mmap, "MADV_NOHUGEPAGE"):
             self._map.madvise(mmap.MADV_NOHUGEPAGE)  # a huge page would hold neighbours that nobody counts
-        self._kept = np.zeros(rows, dtype=bool)
+        self._kept = np.zeros(len(sizes), dtype=bool)
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """All rows as one tensor [rows, *shape]."""
-        count = self.rows * math.prod(shape)
-        assert count * dtype.itemsize == self.rows * self.row_bytes
-        return torch.frombuffer(self._map, dtype=dtype, count=count).view(self.rows, *shape)
+        """All rows, which must be of one size, as one tensor [rows, *shape]."""
+        rows = len(self._kept)
+        return torch.frombuffer(self._map, dtype=dtype, count=rows * math.prod(shape)).view(rows, *shape)
+
+    def part(self, row: int, start: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """What lies from byte ``start`` of a row on, as a tensor."""
+        offset = int(self.ends[row]) + start
+        return torch.frombuffer(self._map, dtype=dtype, count=math.prod(shape), offset=offset).view(*shape)
 
     def view(self, row: int, start: int, stop: int) -> memoryview:
         """Bytes ``start`` to ``stop`` of a row, to be filled."""
-        return memoryview(self._map)[row * self.row_bytes + start : row * self.row_bytes + stop]
+        begin = int(self.ends[row])
+        return memoryview(self._map)[begin + start : begin + stop]
 
     def keep(self, row: int) -> None:
         """A row is about to be filled."""
@@ -45,7 +50,7 @@ class Pages:
     def drop(self, row: int) -> None:
         """Give a row's memory back to the operating system."""
         self._kept[row] = False
-        first, last = row * self.row_bytes // mmap.PAGESIZE, -(-(row + 1) * self.row_bytes // mmap.PAGESIZE)
+        first, last = int(self.ends[row]) // mmap.PAGESIZE, -(-int(self.ends[row + 1]) // mmap.PAGESIZE)
         while first < last and self._shared(first):
             first += 1
         while first < last and self._shared(last - 1):
@@ -56,8 +61,8 @@ class Pages:
 
     def _shared(self, page: int) -> bool:
         """Whether a page holds anything of a row that is kept."""
-        low = page * mmap.PAGESIZE // self.row_bytes
-        high = -(-(page + 1) * mmap.PAGESIZE // self.row_bytes)
+        low = int(np.searchsorted(self.ends, page * mmap.PAGESIZE, side="right")) - 1
+        high = int(np.searchsorted(self.ends, (page + 1) * mmap.PAGESIZE, side="left"))
         return bool(self._kept[low:high].any())
 
 

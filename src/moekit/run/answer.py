@@ -161,9 +161,10 @@ def answer(
 
 
 def fitting(served: Paging) -> int:
-    """How many experts fit into the store's budget."""
+    """How many experts fit into the store's budget, whichever they are."""
     layers = served.store.layers
-    return min(served.store.budget // max(t.charge for t in layers), sum(t.num_experts for t in layers))
+    charges = sorted(charge for tier in layers for charge in tier.charge)
+    return int(np.searchsorted(np.cumsum(charges[::-1]), served.store.budget, side="right"))
 
 
 def belady(served: Paging, history: list[tuple[int, tuple[int, ...]]]) -> float | None:

@@ -21,10 +21,10 @@ from moekit.blocks import MoEBlock, blocks
 from moekit.checkpoint import Checkpoint, MoELayer
 from moekit.checkpoint.reader import Reader
 from moekit.errors import BudgetError, OptionError, UnsupportedModelError
-from moekit.kernels import warm_up
-from moekit.run._layers import PagedExperts, charge, check, stacked, used
+from moekit.kernels import BankExperts, warm_up
 from moekit.run._predictors_gate import NextGate
 from moekit.run._room import working_bytes
+from moekit.run._tiers import Paged, largest, paged, paged_parameters, used
 from moekit.run.policy import CachePolicy
 from moekit.run.policy import policy as named
 from moekit.run.predict import Predictor, Signal
@@ -60,7 +60,7 @@ class Paging:
     @property
     def expert_bytes(self) -> int:
         """All experts, as they lie in memory."""
-        return sum(layer.charge * layer.num_experts for layer in self.store.layers)
+        return sum(sum(layer.charge) for layer in self.store.layers)
 
     def close(self) -> None:
         """Stop reading ahead and give all memory of experts back; the model cannot be run any more."""
@@ -154,12 +154,12 @@ def load(
     warm_up(dtype or checkpoint.scheme.dtype)
 
     def beside(model: PreTrainedModel) -> int:
-        return max(map(charge, blocks(model))) + working_bytes(model, checkpoint, context)
+        return max(map(largest, blocks(model))) + working_bytes(model, checkpoint, context)
 
     model = LoadedModel.load(checkpoint, dtype=dtype, absent=_expert_keys, beside=beside, max_ram=limit).model
     found, reader = blocks(model), Reader(checkpoint.path, checkpoint.tensors, direct=True)
-    layers = [PagedExperts(checkpoint, reader, _layer(checkpoint, block), block) for block in found]
-    smallest, working = max(layer.charge for layer in layers), working_bytes(model, checkpoint, context)
+    layers = [paged(checkpoint, reader, _layer(checkpoint, block), block) for block in found]
+    smallest, working = max(max(layer.charge) for layer in layers), working_bytes(model, checkpoint, context)
     paging = Paging(ExpertStore(layers, smallest, chosen, threads), found, width=ahead, context=context)
     paging.predictor = NextGate([block.choose for block in found]) if ahead else None
     _install(model, paging)
@@ -186,12 +186,9 @@ def _layer(checkpoint: Checkpoint, block: MoEBlock) -> MoELayer:
 
 
 def _expert_keys(model: PreTrainedModel) -> list[str]:
-    """State-dict keys of the stacked weights that are paged. Raises where they cannot be."""
-    names, keys = {module: name for name, module in model.named_modules()}, list[str]()
-    for block in blocks(model):
-        check(block)
-        keys += [f"{names[block.experts]}.{part}" for part in stacked(block.experts)]
-    return keys
+    """State-dict keys of the weights that are paged. Raises where they cannot be."""
+    names = {module: name for name, module in model.named_modules()}
+    return [f"{names[block.experts]}.{part}" for block in blocks(model) for part in paged_parameters(block)]
 
 
 def _install(model: PreTrainedModel, paging: Paging) -> None:
@@ -199,10 +196,14 @@ def _install(model: PreTrainedModel, paging: Paging) -> None:
 
     ALL_EXPERTS_FUNCTIONS.register(NAME, _paged_forward)
     for index, block in enumerate(paging.blocks):
-        tier: Any = paging.store.layers[index]
-        module: Any = block.experts
-        served = module.__dict__["_moekit_served"] = _Served(paging, index, tier.run)
-        module.config._experts_implementation = NAME
+        tier, module = paging.store.layers[index], block.experts
+        assert isinstance(tier, Paged)
+        served = _Served(paging, index, tier.run)
+        if isinstance(module, BankExperts):
+            module.serve = served.forward
+        else:
+            module.__dict__["_moekit_served"] = served
+            module.config._experts_implementation = NAME
         if not block.router.inline:
             block.router_module.register_forward_hook(served.routed, with_kwargs=True)
     model.register_forward_pre_hook(partial(_before, paging), with_kwargs=True)

@@ -17,14 +17,14 @@ from moekit.stream import gigabytes
 class Tier(Protocol):
     """The experts of one layer on the slow tier, and the places they are brought to.
 
-    ``charge``: memory that one expert takes at most; ``stored_bytes``: read for it. :meth:`keep` and :meth:`drop` are
-    called under the store's lock, :meth:`fill` from its threads, between the two.
+    ``charge``: memory that each expert takes at most; ``stored_bytes``: what is read for it. :meth:`keep` and
+    :meth:`drop` are called under the store's lock, :meth:`fill` from its threads, between the two.
     """
 
     name: str
     num_experts: int
-    charge: int
-    stored_bytes: int
+    charge: Sequence[int]
+    stored_bytes: Sequence[int]
 
     def keep(self, expert: int) -> None: ...
     def drop(self, expert: int) -> None: ...
@@ -104,7 +104,7 @@ class ExpertStore:
 
     def most(self, layer: int) -> int:
         """How many experts of a layer can be there at once."""
-        return max(1, self.budget // self.layers[layer].charge)
+        return max(1, self.budget // max(self.layers[layer].charge))
 
     def begin(self, layer: int, experts: Sequence[int], scores: Sequence[float] | None = None) -> None:
         """A batch needs ``experts`` at ``layer``: what is missing is fetched, all of it at once if there is room."""
@@ -175,7 +175,7 @@ class ExpertStore:
 
     def resize(self, budget: int) -> None:
         """Another budget; what no longer fits goes."""
-        largest = max(layer.charge for layer in self.layers)
+        largest = max(max(layer.charge) for layer in self.layers)
         if budget < largest:
             raise BudgetError(
                 f"{gigabytes(max(budget, 0))} are left for experts, but a single one takes {gigabytes(largest)}: "
@@ -222,7 +222,7 @@ class ExpertStore:
                 entry.demanded = True
                 self._push(key, 0)
             return True
-        charge = self.layers[key[0]].charge
+        charge = self.layers[key[0]].charge[key[1]]
         if not self._make_room(charge, key, demand):
             return False
         self._held += charge
@@ -269,11 +269,11 @@ class ExpertStore:
         self.policy.evicted(key)
         self.counters.evictions += 1
         if not entry.used and not entry.demanded:
-            self.counters.useless_bytes += self.layers[key[0]].stored_bytes
+            self.counters.useless_bytes += self.layers[key[0]].stored_bytes[key[1]]
 
     def _forget(self, key: Key) -> None:
         del self._entries[key]
-        self._held -= self.layers[key[0]].charge
+        self._held -= self.layers[key[0]].charge[key[1]]
         self.layers[key[0]].drop(key[1])
 
     # -- reading threads
@@ -302,7 +302,7 @@ class ExpertStore:
 
     def _finish(self, key: Key, seconds: float, error: Exception | None) -> None:
         with self._changed:
-            entry, size = self._entries[key], self.layers[key[0]].stored_bytes
+            entry, size = self._entries[key], self.layers[key[0]].stored_bytes[key[1]]
             self.counters.read_seconds += seconds
             if error is None:
                 entry.state = "resident"
