@@ -279,9 +279,7 @@ def test_shared_experts_are_seen_as_they_run(family, saved):
 
 
 def test_samples_and_moments_that_do_not_fit_are_refused_before_anything_runs(saved, texts, monkeypatch):
-    from moekit.profile._watch import Watch
-
-    monkeypatch.setattr(Watch, "kept_bytes", lambda self, tokens: 10**12)
+    monkeypatch.setattr("moekit.profile.observe.kept_bytes", lambda *given: 10**12)
     with pytest.raises(BudgetError, match=r"keeping samples and second moments of every layer needs 1000\.0 GB"):
         profile(saved, texts, max_ram="8GB", statistics=["expert_moments"])
 
@@ -289,12 +287,12 @@ def test_samples_and_moments_that_do_not_fit_are_refused_before_anything_runs(sa
 def test_what_grows_is_counted_as_it_is_kept(observed, saved):
     from moekit.blocks import blocks
     from moekit.profile._reservoir import Quota
-    from moekit.profile._watch import Watch
+    from moekit.profile._watch import kept_bytes
 
     model = LoadedModel.load(Checkpoint.open(saved)).model
     large = [name for name, field in FIELDS.items() if field.axes[0] == "s" or name.endswith("_moments")]
     kept = sum(layer.array(name).nbytes for layer in observed.layers.values() for name in large)
-    assert Watch(blocks(model), large, 1, Quota(64), 0).kept_bytes(10**6) == kept
-    assert Watch(blocks(model), ["counts"], 1, Quota(64), 0).kept_bytes(10**6) == 0
-    few = Watch(blocks(model), ["hidden"], 1, Quota(64), 0).kept_bytes(8)
-    assert few == Watch(blocks(model), ["hidden"], 1, Quota(8), 0).kept_bytes(10**6)
+    assert kept_bytes(blocks(model), large, Quota(64), 10**6) == kept
+    assert kept_bytes(blocks(model), ["counts"], Quota(64), 10**6) == 0
+    few = kept_bytes(blocks(model), ["hidden"], Quota(64), 8)
+    assert few == kept_bytes(blocks(model), ["hidden"], Quota(8), 10**6)

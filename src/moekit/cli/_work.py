@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from moekit.checkpoint import Checkpoint
     from moekit.plan import Plan, Receipt
     from moekit.profile import Profile
+    from moekit.stream import StreamedModel
 
 
 SAMPLE = 2048
@@ -25,8 +26,10 @@ def observed(
     seen: Observed,
     machine: Machine,
     needs: Collection[str] = (),
+    then: "Callable[[StreamedModel], int] | None" = None,
 ) -> "Profile":
-    """The profile that `--profile` names, or one made from `--text` that holds what methods need.
+    """The profile that `--profile` names, or one made from `--text` that holds what methods need. ``then``: bytes that
+    the command takes after it, so that a cap too small for those is refused at once.
 
     Processes of one `torchrun` profile a share of the documents each. OptionError unless exactly one of both is given.
     """
@@ -50,6 +53,7 @@ def observed(
                 texts,
                 max_tokens=seen.max_tokens,
                 part=part,
+                then=then,
                 progress=advance,
                 **options,
                 **asdict(machine),

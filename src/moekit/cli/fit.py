@@ -66,7 +66,9 @@ def fit(
 
     checkpoint = Checkpoint.open_headers(model) if dry_run else Checkpoint.open(model)
     checked = held_out(aside, checkpoint) if aside else None
-    profile = observed(checkpoint, model, seen, machine, {"hidden"})
+    from moekit.plan.room import fitting_bytes
+
+    profile = observed(checkpoint, model, seen, machine, {"hidden"}, partial(fitting_bytes, checkpoint))
     budget = {"size": size, "memory": memory, "context": context, "ratio": ratio}
     from moekit.plan import values
 

@@ -22,14 +22,39 @@ Now = Callable[[], tuple[int, Cells]]
 """Which batch is running, and what its tokens count towards."""
 
 
+def kept_bytes(blocks: Sequence[MoEBlock], names: Sequence[str], quota: Quota, tokens: int | None = None) -> int:
+    """Bytes that second moments and samples of all layers can come to over so many tokens (None: over any number);
+    every other sum is small beside a layer."""
+    return sum(_moment_bytes(block, names) + _sample_bytes(block, names, quota, tokens) for block in blocks)
+
+
+def _moment_bytes(block: MoEBlock, names: Sequence[str]) -> int:
+    square = block.hidden_size**2 * 8
+    return square * (("input_moments" in names) + block.num_experts * ("expert_moments" in names))
+
+
+def _sample_bytes(block: MoEBlock, names: Sequence[str], quota: Quota, tokens: int | None) -> int:
+    if not samples_wanted(names):
+        return 0
+    widths = {"hidden": block.hidden_size, "sample_logits": block.num_experts, "sample_weight": block.top_k}
+    width = sum(size for name, size in widths.items() if name in names) + block.top_k + 3
+    most = quota.most(block.num_experts, block.top_k)
+    return (most if tokens is None else min(tokens, most)) * width * 4
+
+
+def samples_wanted(names: Sequence[str]) -> bool:
+    """Whether any of these statistics is of sampled tokens."""
+    return any(FIELDS[name].axes[0] == "s" for name in names)
+
+
 class Watch:
     """One set of statistics per block; ``attached`` observes the blocks as long as it is open."""
 
     def __init__(
         self, blocks: Sequence[MoEBlock], names: Sequence[str], num_domains: int, quota: Quota, num_traced: int
     ) -> None:
-        self.blocks, self._names, self._num_domains, self._quota = list(blocks), names, num_domains, quota
-        self._samples_wanted = any(FIELDS[name].axes[0] == "s" for name in names)
+        self.blocks, self._num_domains = list(blocks), num_domains
+        self._samples_wanted = samples_wanted(names)
         self._before: dict[int, tuple[int, Tensor]] = {}
         self._statistics: list[dict[str, Statistic]] = []
         self._samples: list[Reservoir] = []
@@ -38,20 +63,6 @@ class Watch:
             self._samples.append(Reservoir(quota.tokens, quota.each(block.num_experts, block.top_k)))
             room = Room(block.num_experts, num_domains, previous, num_traced, self._samples[-1])
             self._statistics.append({name: make(name, room) for name in names})
-
-    def kept_bytes(self, tokens: int) -> int:
-        """Bytes that second moments and samples of all layers can come to over so many tokens; every other sum is
-        small beside a layer."""
-        return sum(self._moment_bytes(block) + self._sample_bytes(block, tokens) for block in self.blocks)
-
-    def _moment_bytes(self, block: MoEBlock) -> int:
-        square = block.hidden_size**2 * 8
-        return square * (("input_moments" in self._names) + block.num_experts * ("expert_moments" in self._names))
-
-    def _sample_bytes(self, block: MoEBlock, tokens: int) -> int:
-        widths = {"hidden": block.hidden_size, "sample_logits": block.num_experts, "sample_weight": block.top_k}
-        width = sum(size for name, size in widths.items() if name in self._names) + block.top_k + 3
-        return min(tokens, self._quota.most(block.num_experts, block.top_k)) * width * 4 * self._samples_wanted
 
     @contextmanager
     def attached(self, now: Now) -> Iterator[None]:

@@ -20,11 +20,11 @@ from moekit.profile._choose import choose, prefill_cells
 from moekit.profile._decode import Generation
 from moekit.profile._reservoir import Quota
 from moekit.profile._sequences import Batch, TokenSequence, batches, cut, share
-from moekit.profile._watch import Watch
+from moekit.profile._watch import Watch, kept_bytes
 from moekit.profile.document import Profile
 from moekit.profile.schema import ALWAYS, DEFAULT, FIELDS, SAMPLE_KEYS
 from moekit.profile.texts import Document, check_texts
-from moekit.stream import LoadedModel, StreamedModel, cap, open_model
+from moekit.stream import Beside, LoadedModel, StreamedModel, cap, open_model
 
 Runnable: TypeAlias = str | os.PathLike[str] | Checkpoint | PreTrainedModel | LoadedModel | StreamedModel
 BATCH_TOKENS = 2048
@@ -58,6 +58,7 @@ def profile(
     seed: int = 0,
     tokenizer: Any = None,
     part: tuple[int, int] = (0, 1),
+    then: Callable[[StreamedModel], int] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Profile:
     """Observe every MoE layer of ``model`` while it reads ``texts`` (documents, or their token ids, by domain).
@@ -76,6 +77,8 @@ def profile(
         max_ram: cap on the process's resident set; the model is streamed where it does not fit.
         seed: of the choice of pieces and samples.
         part: (number, of how many): observe only this part of the text; all parts merged are the whole profile.
+        then: bytes that what follows takes beside the profile, told by the streamed model: a cap too small for that is
+            refused before anything runs.
         progress: told (done, total) as layers, or batches in memory, finish.
 
     Raises:
@@ -84,7 +87,12 @@ def profile(
     documents, names = check_texts(texts), _names(statistics)
     _check_options(max_tokens, sequence_length, decode_tokens, held_out, sample, trace, len(documents))
     _check_balanced(balanced, sample)
-    subject = _subject(model, tokenizer, device, max_ram)
+    quota, after = Quota(sample, balanced), then or (lambda runner: 0)
+
+    def beside(runner: StreamedModel) -> Beside:
+        return kept_bytes(find_blocks(runner.model), names, quota), after(runner)
+
+    subject = _subject(model, tokenizer, device, max_ram, beside)
     runner, domains = subject.runner, tuple(documents)
     length = min(sequence_length, _longest(runner.model) - decode_tokens)
     sequences, aside = cut(
@@ -97,9 +105,13 @@ def profile(
         sequences, grouped = share(sequences, grouped, *part)
         aside = aside if part[0] == 0 else {}
     chosen = choose(sequences, sample=sample, trace=trace, decode=decode_tokens, seed=seed)
-    watch = Watch(_moe_blocks(subject), names, len(domains), Quota(sample, balanced), len(chosen.trace))
-    needed = watch.kept_bytes(sum(len(s.ids) for s in sequences))
-    cap(max_ram).require(needed, "keeping samples and second moments of every layer")
+    watch = Watch(_moe_blocks(subject), names, len(domains), quota, len(chosen.trace))
+    kept = kept_bytes(watch.blocks, names, quota, sum(len(s.ids) for s in sequences))
+    cap(max_ram).require(kept, "keeping samples and second moments of every layer")
+    if isinstance(runner, StreamedModel) and grouped:
+        widest = max(grouped, key=lambda batch: batch.ids.numel()).inputs()
+        needed = max(runner.needed_bytes(widest, logits=False), after(runner))
+        runner.cap.require(kept + needed, "profiling the model layer by layer, with what comes after it,")
     tell = progress or (lambda done, total: None)
     if decode_tokens:
         _check_generates(runner)
@@ -166,14 +178,23 @@ def _check_ids(sequences: Sequence[TokenSequence], model: PreTrainedModel) -> No
         )
 
 
-def _subject(model: Runnable, tokenizer: Any, device: str, max_ram: int | float | str | None) -> _Subject:
+def _subject(
+    model: Runnable,
+    tokenizer: Any,
+    device: str,
+    max_ram: int | float | str | None,
+    beside: Callable[[StreamedModel], Beside],
+) -> _Subject:
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
             raise OptionError("a live model needs its tokenizer: pass tokenizer=...")
         return _Subject(LoadedModel(model), _fingerprint(model), type(model).__name__, tokenizer)
-    runner = model if isinstance(model, LoadedModel | StreamedModel) else open_model(model, device, max_ram)
+    if isinstance(model, LoadedModel | StreamedModel):
+        runner = model
+    else:
+        runner = open_model(model, device, max_ram, beside=beside)
     if runner.checkpoint is None:
-        return _subject(runner.model, tokenizer, device, max_ram)
+        return _subject(runner.model, tokenizer, device, max_ram, beside)
     checkpoint = runner.checkpoint
     return _Subject(runner, checkpoint.fingerprint, _name(checkpoint.path), tokenizer or checkpoint.tokenizer())
 

@@ -3,9 +3,10 @@
 from moekit.stream import _footprint as footprint
 from moekit.stream.memory import Cap, cap, gigabytes, parse_bytes, peak_rss, rss
 from moekit.stream.runner import LoadedModel, Runner, open_model, pick_device
-from moekit.stream.streamed import StreamedModel, smallest_cap
+from moekit.stream.streamed import Beside, StreamedModel, smallest_cap
 
 __all__ = [
+    "Beside",
     "Cap",
     "LoadedModel",
     "Runner",

@@ -17,7 +17,7 @@ from moekit.stream import memory
 from moekit.stream._lockstep import Batch
 from moekit.stream._skeleton import CheckpointSource, call, live_skeleton
 from moekit.stream._weights import Weights
-from moekit.stream.streamed import StreamedModel
+from moekit.stream.streamed import Beside, StreamedModel
 
 _HEADROOM = 1.15
 """Weights in memory leave at least this share for activations."""
@@ -105,8 +105,11 @@ def open_model(
     device: str | torch.device = "auto",
     max_ram: int | float | str | memory.Cap | None = None,
     dtype: torch.dtype | None = None,
+    beside: Callable[[StreamedModel], Beside] | None = None,
 ) -> LoadedModel | StreamedModel:
     """In memory if the dense weights fit under the cap (without one: into four fifths of what is free), else streamed.
+
+    ``beside``: see :class:`StreamedModel`.
 
     Raises:
         CheckpointError: ``ref`` is no usable checkpoint. BudgetError: the cap is too small even for one layer.
@@ -114,7 +117,7 @@ def open_model(
     """
     checkpoint = ref if isinstance(ref, Checkpoint) else Checkpoint.open(ref)
     limit, place = memory.cap(max_ram), pick_device(device)
-    streamed = StreamedModel(checkpoint, device=place, dtype=dtype, max_ram=limit)
+    streamed = StreamedModel(checkpoint, device=place, dtype=dtype, max_ram=limit, beside=beside)
     total = streamed.weights.resident_bytes(streamed.weights.meta) * _HEADROOM
     if total < _available(place, limit):
         del streamed

@@ -16,10 +16,13 @@ from moekit.stream import memory
 from moekit.stream._anatomy import anatomy
 from moekit.stream._lockstep import Batch, walk
 from moekit.stream._skeleton import CheckpointSource, call, forget, keeps_last, live_skeleton
+from moekit.stream._warm import warm
 from moekit.stream._weights import Weights, keys_under
 
 USUAL_BATCH = (4, 512)
 """Sequences and tokens of the batch that is reckoned with before any is known."""
+Beside = tuple[int, int]
+"""Bytes held beside a runner while it runs and afterwards, and the most that what follows takes on top of these."""
 MAX_THREADS = 2048
 """Threads of one pass in all: each waiting batch has one, and as many again as torch computes with."""
 
@@ -36,6 +39,8 @@ class StreamedModel:
         dtype: of the weights in memory; the checkpoint's own if None.
         max_ram: cap on the process's peak resident set (bytes, "3GB" or None). The next layer is read while the
             present one computes wherever the cap has room for both.
+        beside: bytes that the caller will hold beside the runner or need after it, told by the model; a cap that is
+            refused is named large enough for them.
 
     Raises:
         BudgetError: at once, if the largest layer does not fit under the cap; names the smallest that works.
@@ -48,6 +53,7 @@ class StreamedModel:
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         max_ram: int | float | str | memory.Cap | None = None,
+        beside: Callable[[StreamedModel], Beside] | None = None,
     ) -> None:
         self.checkpoint, self.device, self.cap = checkpoint, torch.device(device), memory.cap(max_ram)
         self.model = live_skeleton(checkpoint, dtype, self.device)
@@ -71,7 +77,11 @@ class StreamedModel:
             self._stop_keys.append(self._outside.pop(self._head))
         self._itemsize = self.model.dtype.itemsize
         usual = {"input_ids": torch.empty(USUAL_BATCH, dtype=torch.int64, device="meta")}
-        self.cap.require(self.weight_bytes(), "the largest layer", named=self.needed_bytes(usual, logits=False))
+        if self.cap.limit is not None:
+            warm()
+            held, later = beside(self) if beside is not None else (0, 0)
+            named = held + max(later, self.needed_bytes(usual, logits=False))
+            self.cap.require(self.weight_bytes(), "the largest layer", named=named)
 
     def _own_keys(self, modules: dict[str, nn.Module]) -> list[str]:
         """State-dict keys that belong to the modules themselves, not to what is inside them."""
