@@ -24,7 +24,7 @@ from moekit.stream import LoadedModel
 
 SHARES = (0.125, 0.25, 0.5, 0.75)
 LENGTH, PROMPT, SEQUENCES = 192, 32, 3
-BASELINES = ("lru", "lfu", "decayed-lfu", "score-aware", "multi-term", "arc", "lru:pool=global")
+BASELINES = ("lru", "lfu", "decayed-lfu", "score-aware", "multi-term", "arc")
 Make = Callable[[RoutingTrace, int], CachePolicy]
 
 
