@@ -18,12 +18,14 @@ from moekit.cli.eval import evaluate
 from moekit.cli.fit import fit
 from moekit.cli.inspect import inspect
 from moekit.cli.patterns import patterns
+from moekit.cli.place import place
 from moekit.cli.plan import plan
 from moekit.cli.profile import profile
 from moekit.cli.recover import recover
 from moekit.cli.reproduce import reproduce
 from moekit.cli.retrieve import retrieve
 from moekit.cli.run import run
+from moekit.cli.serve import serve
 from moekit.cli.systems import systems
 from moekit.cli.verify import verify
 from moekit.errors import MoekitError
@@ -43,6 +45,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "compare": compare,
     "verify": verify,
     "run": run,
+    "serve": serve,
+    "place": place,
     "eval": evaluate,
     "systems": systems,
     "reproduce": reproduce,

@@ -71,14 +71,13 @@ class Flow:
             pairs = [layer.array("transition") for layer in layers[1:]]
             counts = np.stack([layer.total("counts") for layer in layers])
             return cls(counts, np.stack(pairs) if pairs else np.zeros((0, *counts.shape[1:], counts.shape[1])))
-        if not len(profile.trace):
+        trace = traced(profile)
+        if trace is None:
             raise ProfileError(
                 "the profile has neither pair counts ('transition') nor a trace: run `moekit profile` again with "
                 "the default statistics, or give --text so that routing is recorded now"
             )
-        from moekit.profile import RoutingTrace
-
-        return cls.of_trace(RoutingTrace.of_profile(profile))
+        return cls.of_trace(trace)
 
     @cached_property
     def total(self) -> float:
@@ -97,6 +96,15 @@ class Flow:
         """[L, P] (token, slot) pairs that each device computes."""
         both = zip(device, self.counts, strict=True)
         return np.stack([np.bincount(row, counts, devices) for row, counts in both])
+
+
+def traced(profile: Profile) -> RoutingTrace | None:
+    """The trace that a profile holds, or None."""
+    from moekit.profile import RoutingTrace
+
+    layers = profile.layers.values()
+    whole = len(profile.trace) and all({"trace_expert", "trace_weight"} <= set(layer.arrays) for layer in layers)
+    return RoutingTrace.of_profile(profile) if whole else None
 
 
 def _same(num_experts: tuple[int, ...]) -> int:

@@ -13,7 +13,7 @@ Differs: pairs are counted once for all tokens and not one cost variable per tok
     prove more in less time. With K > 1 all K^2 ordered pairs of a token count, and the K partial sums meet at the
     heaviest expert's device. The context all-gather is priced in the experiment, not run.
 Claim: up to 67 % less cross-device routing and 2.2x the throughput of DeepSpeed-MoE.
-Shown: not tried
+Shown: lab.experiments.exflow
 """
 
 from __future__ import annotations

@@ -1,0 +1,110 @@
+"""What experiments on placement share: traces of the embedded model by seed, and what a placement costs on them.
+
+A seed draws three texts: one to place by (calibration split), one to judge on (test split, the same domains), and one
+of other domains (test split). The control is the same model with its router weights drawn anew (normal, each layer's
+own standard deviation): its routing has no structure that text put there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from moekit import lab
+from moekit.checkpoint import Checkpoint
+from moekit.measure import Interval
+from moekit.parallel._links import Grid
+from moekit.parallel._solver_greedy import Baseline
+from moekit.parallel._traffic import Flow, imbalance, movement
+from moekit.parallel.placement import Placement
+from moekit.profile import RoutingTrace, TraceRecorder
+from moekit.stream import LoadedModel
+
+DOMAINS = ("python", "prose", "c", "arithmetic")
+OTHERS = ("licences", "sorting", "brackets", "translation")
+FIT, HELD_OUT, OTHER = "fit", "held-out", "other domains"
+LENGTH, DRAWS = 128, 5
+
+
+class Traces:
+    """Records traces of `moekit:mini`, or of its control; ``sequences`` of 128 tokens per domain."""
+
+    def __init__(self, sequences: int = 24) -> None:
+        source = Checkpoint.open("moekit:mini")
+        self.model, self.sequences = LoadedModel.load(source, dtype=torch.float32).model, sequences
+        self.setting = {
+            "model": "moekit:mini",
+            "fingerprint": source.fingerprint,
+            "domains": list(DOMAINS),
+            "other domains": list(OTHERS),
+            "tokens per trace": len(DOMAINS) * sequences * LENGTH,
+        }
+
+    def of(self, domains: Sequence[str], split: str, seed: int) -> RoutingTrace:
+        """One trace: every domain's sequences are read in one call."""
+        with TraceRecorder(self.model) as recorder, torch.no_grad():
+            for recorder.domain in domains:
+                text = lab.text(recorder.domain, split, self.sequences * LENGTH + 4096, seed).encode()
+                ids = torch.tensor(list(text[: self.sequences * LENGTH])).view(self.sequences, LENGTH)
+                self.model(input_ids=ids, use_cache=False)
+        return recorder.trace()
+
+    def by_use(self, seed: int) -> dict[str, RoutingTrace]:
+        return {
+            FIT: self.of(DOMAINS, "calibration", seed),
+            HELD_OUT: self.of(DOMAINS, "test", seed),
+            OTHER: self.of(OTHERS, "test", seed),
+        }
+
+    def randomise(self, seed: int) -> None:
+        """Turn the model into the control."""
+        draw = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, weight in self.model.named_parameters():
+                if name.endswith(".mlp.gate.weight"):
+                    weight.copy_(torch.randn(weight.shape, generator=draw) * weight.std())
+
+
+def baselines(flow: Flow, grid: Grid, seed: int) -> dict[str, list[Placement]]:
+    """Contiguous, balanced, and several random placements."""
+    one = {kind: [Baseline(kind=kind).place(flow, grid).placement] for kind in ("contiguous", "balanced")}
+    dealt = [Baseline(kind="random", seed=DRAWS * seed + draw).place(flow, grid).placement for draw in range(DRAWS)]
+    return {**one, "random": dealt}
+
+
+def judged(placements: Sequence[Placement], trace: RoutingTrace) -> dict[str, float]:
+    """Figures of some placements on a trace, mean over the placements."""
+    flow, found = Flow.of_trace(trace), list[dict[str, float]]()
+    for placement in placements:
+        home, follow = (movement(placement, trace, flow_of) for flow_of in ("home", "follow"))
+        found.append(
+            {
+                "crossing": flow.crossing(placement.device),
+                "imbalance": imbalance(home.rows),
+                "copies, home": home.copies,
+                "copies, follow": follow.copies,
+                "busiest link, home": home.busiest_link,
+                "busiest link, follow": follow.busiest_link,
+            }
+        )
+    return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+
+
+def over_seeds(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The same nested figures with every number an interval over the runs."""
+    first = runs[0]
+    return {
+        name: over_seeds([run[name] for run in runs])
+        if isinstance(first[name], Mapping)
+        else vars(Interval.over_seeds([run[name] for run in runs]))
+        for name in first
+    }
+
+
+def less(runs: Sequence[Mapping[str, Mapping[str, float]]], ours: str, figure: str) -> dict[str, Any]:
+    """Baseline minus ours in one figure, paired by run: [placer][figure] -> interval by placer."""
+    others = [name for name in runs[0] if name != ours]
+    return {name: vars(Interval.over_seeds([run[name][figure] - run[ours][figure] for run in runs])) for name in others}
