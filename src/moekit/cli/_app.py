@@ -25,6 +25,7 @@ from moekit.cli.recover import recover
 from moekit.cli.reproduce import reproduce
 from moekit.cli.retrieve import retrieve
 from moekit.cli.run import run
+from moekit.cli.serve import serve
 from moekit.cli.systems import systems
 from moekit.cli.verify import verify
 from moekit.errors import MoekitError
@@ -44,6 +45,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "compare": compare,
     "verify": verify,
     "run": run,
+    "serve": serve,
     "place": place,
     "eval": evaluate,
     "systems": systems,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from moekit.errors import OptionError
@@ -61,6 +61,16 @@ class Cost:
         }
 
 
+class _Asked(StoppingCriteria):
+    """Ends a generation when somebody says so."""
+
+    def __init__(self, stop: Callable[[], bool]) -> None:
+        self.stop = stop
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        return torch.full((input_ids.shape[0],), self.stop(), dtype=torch.bool)
+
+
 class _Clock(BaseStreamer):
     """Notes when tokens come and passes their text on."""
 
@@ -93,15 +103,16 @@ class _Clock(BaseStreamer):
             self._said = end
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> Tensor:
-    """Token ids [1, S] of a prompt as it stands, or as the user's turn of the model's own chat template.
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]], chat: bool) -> Tensor:
+    """Token ids [1, S] of a prompt as it stands, or as the model's own chat template has it: a text is the user's turn,
+    messages are all turns so far.
 
     Raises :class:`OptionError` for an empty prompt, or a chat with a model that has no template.
     """
     if chat and not tokenizer.chat_template:
         raise OptionError("this model has no chat template: give the prompt as it stands, without --chat")
     if chat:
-        turns = [{"role": "user", "content": prompt}]
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         found: Any = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
     else:
         found = tokenizer(prompt)
@@ -118,11 +129,14 @@ def answer(
     tokenizer: PreTrainedTokenizerBase | None = None,
     say: Callable[[str], None] | None = None,
     temperature: float = 0.0,
+    top_p: float = 1.0,
     seed: int = 0,
+    stop: Callable[[], bool] | None = None,
 ) -> tuple[Tensor, Cost]:
     """At most ``new_tokens`` ids [N] that follow ``ids`` [1, S], and what they cost; ``say`` hears it as it comes.
 
-    ``temperature`` 0 always takes the likeliest token; above it, tokens are drawn with ``seed``.
+    ``temperature`` 0 always takes the likeliest token; above it, tokens are drawn with ``seed`` from the likeliest that
+    make up ``top_p`` of the probability. ``stop`` is asked after each token whether to end here.
 
     Raises:
         BudgetError: prompt and answer are longer than what memory was set aside for. CheckpointError: the disk failed.
@@ -131,7 +145,11 @@ def answer(
     served.store.counters, kept = Counters(), served.history
     served.history = []
     torch.manual_seed(seed)
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    how: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    if stop is not None:
+        how["stopping_criteria"] = StoppingCriteriaList([_Asked(stop)])
     started = time.perf_counter()
     try:
         made: Any = model.generate(
@@ -140,7 +158,7 @@ def answer(
             max_new_tokens=new_tokens,
             streamer=clock,
             pad_token_id=model.generation_config.pad_token_id or 0,
-            **sampling,
+            **how,
         )
         requests = served.history
     finally:
