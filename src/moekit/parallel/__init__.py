@@ -9,7 +9,7 @@ from moekit.parallel._chunks import Move, gather_chunks
 from moekit.parallel._errors import ParallelError
 from moekit.parallel._links import Grid, Traffic
 from moekit.parallel._ranks import LocalRanks
-from moekit.parallel._shards import shard, unshard
+from moekit.parallel._shards import reshard, shard, unshard
 from moekit.parallel._world import World
 from moekit.parallel.dispatch import DispatchPlan, Layout, Piece, native
 from moekit.parallel.engine import Engine
@@ -33,6 +33,7 @@ __all__ = [
     "gather_chunks",
     "native",
     "reduce_replicated",
+    "reshard",
     "shard",
     "two_level",
     "unshard",

@@ -100,3 +100,19 @@ def collect(world: World, layout: Layout, tensors: Sequence[Tensor]) -> list[Ten
     held = [*places, *incoming(moves, world.rank)]
     order = torch.tensor(sorted(range(len(held)), key=held.__getitem__), device=tensors[0].device)
     return [torch.cat(pair)[order] for pair in zip(tensors, came, strict=True)]
+
+
+@torch.no_grad()
+def reshard(world: World, old: Layout, new: Layout, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What a rank stores under ``new``, in order, from what it stores under ``old``: only what changes hands travels.
+
+    For weights, and alike for stacked optimiser state. A collective call; raises ParallelError for other experts.
+    """
+    if (old.world, len(old.owner), old.slices) != (new.world, len(new.owner), new.slices):
+        raise ParallelError("the two layouts differ in more than who stores what: ranks, experts or slices")
+    moves = [Move(a, b, u) for u, (a, b) in enumerate(zip(old.owner, new.owner, strict=True)) if a != b]
+    places = {unit: place for place, unit in enumerate(old.own(world.rank))}
+    came = start_gather(world, tensors, places, moves, "resharding").wait()
+    held = {unit: place for place, unit in enumerate([*places, *incoming(moves, world.rank)])}
+    order = torch.tensor([held[u] for u in new.own(world.rank)], dtype=torch.int64, device=tensors[0].device)
+    return [torch.cat(pair)[order] for pair in zip(tensors, came, strict=True)]

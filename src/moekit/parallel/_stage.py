@@ -25,8 +25,13 @@ class Stage:
     segments: list[tuple[int, int, int]]
 
     @classmethod
-    def of(cls, plan: DispatchPlan, counts: Counts, rank: int, chunk: int = 0, chunks: int = 1) -> Stage:
-        """``chunk`` of ``chunks`` takes that share of every piece: chunks are disjoint and together the whole plan."""
+    def of(
+        cls, plan: DispatchPlan, counts: Counts, rank: int, chunk: int = 0, chunks: int = 1, stay: bool | None = None
+    ) -> Stage:
+        """``chunk`` of ``chunks`` takes that share of every piece: chunks are disjoint and together the whole plan.
+
+        ``stay`` True takes only rows that stay on their rank, False only those that leave it.
+        """
         world = plan.layout.world
         first = _starts(counts)
         local = [0] * plan.layout.num_experts
@@ -40,7 +45,7 @@ class Stage:
             for source in range(world):
                 base = first[source][piece.expert]
                 low, high = max(start, base), min(stop, base + counts[source][piece.expert])
-                if low >= high:
+                if low >= high or stay not in (None, source == piece.rank):
                     continue
                 rows[source][piece.rank] += high - low
                 if source == rank:

@@ -2,10 +2,10 @@
 
 Paper: Tutel: Adaptive Mixture-of-Experts at Scale, 2023 (n 83).
 Method: where there are more ranks than experts, s = W / E ranks share one and store 1/s of its width each. Degree
-    r = 0: every rank gathers all weights and keeps its tokens. r >= 1 dividing s: groups of s / r ranks gather each other's
-    slices, each token goes to r ranks, and the r partial outputs are added (r = 1: tokens are split among replicas;
-    r = s: no weight moves). A dictionary keyed by how much capacity the batch needs tries every candidate (degree,
-    chunks of the pipeline, flat or two-level all-to-all) once and then keeps the fastest.
+    r = 0: every rank gathers all weights and keeps its tokens. r >= 1 dividing s: groups of s / r ranks gather each
+    other's slices, each token goes to r ranks, and the r partial outputs are added (r = 1: tokens are split among
+    replicas; r = s: no weight moves). A dictionary keyed by how much capacity the batch needs tries every candidate
+    (degree, chunks of the pipeline, flat or two-level all-to-all) once and then keeps the fastest.
 Uses: parallel.dispatch, parallel.engine, parallel.exchange
 Differs: nothing is padded or dropped: uneven splits take the place of a capacity, which is thus always what is
     needed; the output bias is kept by one slice instead of being added r times with 1/r. The cosine router and

@@ -29,9 +29,13 @@ RELU = Activation("relu", torch.relu, gated=False)
 ROUTINGS = ("zipf", "one-hot", "empty-rank", "padded", "uniform")
 
 
+PATIENCE = 900.0
+"""Seconds that ranks wait for each other, and we for them: experiments share a machine with others."""
+
+
 @cache
 def world(nodes: int = 1) -> World:
-    return World.join(nodes)
+    return World.join(nodes, PATIENCE)
 
 
 def bank(experts: int, gated: bool = True, bias: bool = True, dtype: torch.dtype = torch.float64) -> DenseBank:

@@ -31,7 +31,7 @@ import torch
 from moekit.contract import Routing
 from moekit.formats import DenseBank
 from moekit.lab.experiments import Advance, Outcome
-from moekit.lab.experiments._spread import Clock, bank, cpu_share, exact, figures_of, world
+from moekit.lab.experiments._spread import PATIENCE, Clock, bank, cpu_share, exact, figures_of, world
 from moekit.parallel import Engine, Layout, LocalRanks, native, shard
 from moekit.parallel.llep import LLEP, transfer_bounds
 
@@ -43,9 +43,9 @@ SKEW, REPEATS, TOLERANCE = 0.95, 5, 1e-6
 def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
     """Return gaps to one process, balance of plans, and measured speed-ups. ``text`` is not used."""
     gaps, times = {}, []
-    with LocalRanks(4) as ranks:
+    with LocalRanks(4, patience=PATIENCE) as ranks:
         gaps["4"] = worst_of(ranks.ask(against_one_process))
-    with LocalRanks(2) as ranks:
+    with LocalRanks(2, patience=PATIENCE) as ranks:
         gaps["2"] = worst_of(ranks.ask(against_one_process))
         for done, seed in enumerate(seeds):
             advance(done, len(seeds))

@@ -33,7 +33,7 @@ from moekit.bank import SILU_MUL
 from moekit.contract import Routing
 from moekit.formats import DenseBank
 from moekit.lab.experiments import Advance, Outcome
-from moekit.lab.experiments._spread import Clock, bank, batch, cpu_share, exact, loss, world
+from moekit.lab.experiments._spread import PATIENCE, Clock, bank, batch, cpu_share, exact, loss, world
 from moekit.parallel import Engine, Layout, LocalRanks, flat, shard, two_level, unshard
 from moekit.parallel.tutel import Adaptive, Degree, degrees, stored_layout
 
@@ -43,7 +43,7 @@ HIDDEN, WIDTH, TOKENS = 32, 64, 48
 
 def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
     """Return gaps, traffic against formulas, what switching changed, crossover and times. ``text`` is not used."""
-    with LocalRanks(4) as ranks:
+    with LocalRanks(4, patience=PATIENCE) as ranks:
         gaps = {}
         for done, experts in enumerate(EXPERTS):
             advance(done, len(EXPERTS) + len(seeds))
@@ -52,7 +52,7 @@ def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
         traffic = {str(experts): added(ranks.ask(counted, experts, TOKENS)) for experts in EXPERTS}
         crossover = {str(experts): found(ranks, experts) for experts in (1, 2)}
     times = []
-    with LocalRanks(2) as ranks:
+    with LocalRanks(2, patience=PATIENCE) as ranks:
         for done, seed in enumerate(seeds):
             advance(len(EXPERTS) + done, len(EXPERTS) + len(seeds))
             times.append(ranks.ask(timed, seed)[0])
@@ -107,7 +107,11 @@ def switched(experts: int) -> dict[str, Any]:
         unmoved &= places == [w.data_ptr() for w in weights]
         ends.append(unshard(here, layout, share).tensors())
     gap = max(float((ends[0][name] - tensor).abs().max()) for name, tensor in ends[1].items())
-    return {"unmoved": unmoved, "training_gap": gap, "trained": float((ends[0]["down"] - whole.down).abs().max())}
+    return {
+        "unmoved": unmoved,
+        "training_gap": gap,
+        "trained": float((ends[0]["down"] - whole.down).detach().abs().max()),
+    }
 
 
 def plain(
@@ -137,7 +141,7 @@ def counted(experts: int, tokens: int) -> dict[str, Any]:
         }
     for exchange in (flat, two_level):
         here.traffic.clear()
-        exchange(here, x[:48], [[12] * 4] * 4, "probe").wait()
+        exchange(here, torch.zeros(4, 1), [[1] * 4] * 4, "probe").wait()
         messages[exchange.__name__] = here.traffic.total("probe", "inter").messages
     return {"degrees": by_degree, "inter_messages": messages}
 
