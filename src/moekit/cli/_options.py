@@ -38,6 +38,9 @@ With = Annotated[
         "model.layers.[0-3].*, other options for those layers.",
     ),
 ]
+Against = Annotated[str, typer.Option("--against", metavar="MODEL", help="The model it was made from.")]
+Length = Annotated[int, typer.Option("--length", metavar="N", min=2, help="Tokens in one training sequence.")]
+Batch = Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Sequences in one training step.")]
 Format = Annotated[
     str,
     typer.Option(
@@ -67,6 +70,15 @@ class Machine:
     """Where a command computes, and what it may take."""
 
     max_ram: MaxRam = None
+    device: Device = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a command that trains cuts its text, and where it computes."""
+
+    length: Length = 256
+    batch: Batch = 8
     device: Device = "auto"
 
 

@@ -6,13 +6,12 @@ from typing import Annotated
 import typer
 
 from moekit.cli import _show
-from moekit.cli._options import Device, Json, OutputDir, Overwrite, Text
+from moekit.cli._groups import grouped
+from moekit.cli._options import Json, OutputDir, Overwrite, Text, Training
 from moekit.cli._work import check_output
 
-Length = Annotated[int, typer.Option("--length", metavar="N", min=2, help="Tokens in one training sequence.")]
-Batch = Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Sequences in one training step.")]
 
-
+@grouped
 def build(
     dense: Annotated[
         str, typer.Argument(metavar="DENSE", help="A dense model: a folder, a cached hub id, moekit:NAME.")
@@ -21,13 +20,12 @@ def build(
     method: Annotated[
         str, typer.Option("--with", metavar="METHOD[:KEY=VALUE,...]", help="How experts are made of it.")
     ],
+    *,
     text: Text = [],  # noqa: B006
     pairs: Annotated[
         Path | None, typer.Option("--pairs", metavar="FILE", help="JSONL of prompt, chosen, rejected: preferences.")
     ] = None,
-    length: Length = 256,
-    batch: Batch = 8,
-    device: Device = "auto",
+    training: Training,
     format: Annotated[
         str, typer.Option("--format", metavar="FORMAT", help="auto, stock or moekit; auto: stock where it can say it.")
     ] = "auto",
@@ -51,11 +49,13 @@ def build(
 
     made, checkpoint = builder(method), Checkpoint.open(dense)
     tokenizer = checkpoint.tokenizer()
-    rows = token_rows(read_texts(text, tokenizer), tokenizer, length) if text else []
+    rows = token_rows(read_texts(text, tokenizer), tokenizer, training.length) if text else []
     found = read_pairs(pairs, tokenizer) if pairs else []
     with _show.progress(f"build {dense}") as advance:
-        material = Material(rows=rows, pairs=found, batch_size=batch, progress=advance)
-        built = carry_out(checkpoint, made, material, output, format=format, device=device, overwrite=overwrite)
+        material = Material(rows=rows, pairs=found, batch_size=training.batch, progress=advance)
+        built = carry_out(
+            checkpoint, made, material, output, format=format, device=training.device, overwrite=overwrite
+        )
     report = {**built.report, "output": str(output)}
     if as_json:
         _show.emit(report)

@@ -5,16 +5,18 @@ from typing import Annotated
 import typer
 
 from moekit.cli import _show
-from moekit.cli._options import Device, Json, OutputDir, Overwrite, Text
+from moekit.cli._groups import grouped
+from moekit.cli._options import Against, Json, OutputDir, Overwrite, Text, Training
 from moekit.cli._work import check_output
-from moekit.cli.build import Batch, Length
 from moekit.errors import OptionError
 
 
+@grouped
 def recover(
     compressed: Annotated[str, typer.Argument(metavar="OUT", help="The compressed model's folder.")],
-    against: Annotated[str, typer.Option("--against", metavar="SOURCE", help="The model it was made from.")],
+    against: Against,
     output: OutputDir,
+    *,
     text: Text = [],  # noqa: B006
     steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Training steps.")] = 100,
     train: Annotated[
@@ -25,9 +27,7 @@ def recover(
     temperature: Annotated[float, typer.Option("--temperature", metavar="T", help="Of the KL divergence.")] = 1.0,
     lm: Annotated[float, typer.Option("--lm", metavar="W", help="Weight of the loss on the text itself.")] = 0.0,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Order of the text.")] = 0,
-    length: Length = 256,
-    batch: Batch = 8,
-    device: Device = "auto",
+    training: Training,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -55,7 +55,7 @@ def recover(
 
     checkpoint = Checkpoint.open(compressed)
     tokenizer = checkpoint.tokenizer()
-    rows = token_rows(read_texts(text, tokenizer), tokenizer, length)
+    rows = token_rows(read_texts(text, tokenizer), tokenizer, training.length)
     with _show.progress(f"recover {compressed}") as advance:
         done = carry_out(
             checkpoint,
@@ -65,8 +65,8 @@ def recover(
             what=train,
             options=TrainOptions(steps=steps, learning_rate=learning_rate, seed=seed),
             objective=Objective(temperature=temperature, lm=lm),
-            batch_size=batch,
-            device=device,
+            batch_size=training.batch,
+            device=training.device,
             overwrite=overwrite,
             check=lambda folder: reload_in_fresh_process(folder, with_moekit=is_packed(checkpoint)),
             progress=advance,

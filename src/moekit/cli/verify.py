@@ -9,14 +9,14 @@ import typer
 
 from moekit.cli import _receipt, _show
 from moekit.cli._groups import grouped
-from moekit.cli._options import Json, Machine, Text
+from moekit.cli._options import Against, Json, Machine, Text
 from moekit.cli._work import held_out
 
 
 @grouped
 def verify(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="An output of apply, compress or fit.")],
-    against: Annotated[str, typer.Option("--against", metavar="MODEL", help="The model it was made from.")],
+    against: Against,
     *,
     text: Text = [],  # noqa: B006
     machine: Machine,

@@ -1,4 +1,4 @@
-"""The training loss of the embedded models, and the experts loop that trains fastest at their size.
+"""The training loss of the embedded models, and the experts loop that trains fastest at their size, as they call it.
 
 T tokens, K slots, E experts, H hidden, I intermediate, B rows, S positions.
 """
@@ -8,23 +8,21 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from moekit.train.experts import run_experts
+
 SORTED_EXPERTS = "moekit_lab_sorted"
 
 
 def sorted_experts(
     self: nn.Module, x_TH: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor
 ) -> torch.Tensor:
-    """Run experts on tokens sorted by expert. `unbind` gives one gradient buffer per stack, indexing one per expert."""
-    order = torch.argsort(index_TK.reshape(-1), stable=True)
-    token = order // index_TK.shape[1]
-    counts = torch.bincount(index_TK.reshape(-1), minlength=self.num_experts).tolist()
-    outputs = []
-    inputs = x_TH.index_select(0, token).split(counts)
-    for x, gate_up, down in zip(inputs, self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=True):
-        gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
-        outputs.append(F.linear(F.silu(gate) * up, down))
-    weighted = torch.cat(outputs) * weight_TK.reshape(-1).index_select(0, order)[:, None]
-    return torch.zeros_like(x_TH).index_add(0, token, weighted)
+    """An experts module's own computation, on tokens sorted by expert."""
+    return run_experts(x_TH, index_TK, weight_TK, self.gate_up_proj, self.down_proj, _gated)
+
+
+def _gated(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 def load_and_balance(logits_TE: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
