@@ -27,6 +27,7 @@ from moekit.cli.retrieve import retrieve
 from moekit.cli.run import run
 from moekit.cli.serve import serve
 from moekit.cli.systems import systems
+from moekit.cli.tune import tune
 from moekit.cli.verify import verify
 from moekit.errors import MoekitError
 
@@ -46,6 +47,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "verify": verify,
     "run": run,
     "serve": serve,
+    "tune": tune,
     "place": place,
     "eval": evaluate,
     "systems": systems,

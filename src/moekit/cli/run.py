@@ -16,8 +16,12 @@ Memory = Annotated[str | None, typer.Option("--memory", metavar="SIZE", help=MEM
 Policy = Annotated[
     str | None,
     typer.Option(
-        "--policy", metavar="POLICY", help="Which experts make room: lru, decayed-lfu, arc ...; tune chooses."
+        "--policy", metavar="POLICY", help="Which experts make room: lru, arc ... Default: what `tune` found, else lru."
     ),
+]
+Ahead = Annotated[
+    int | None,
+    typer.Option("--ahead", metavar="N", min=0, help="Experts of the next layer to read while one computes."),
 ]
 
 
@@ -32,6 +36,7 @@ def run(
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of drawing tokens.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is the user's turn of the chat template.")] = False,
     policy: Policy = None,
+    ahead: Ahead = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say afterwards what it took, and the bounds.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -52,7 +57,7 @@ def run(
     tokenizer = checkpoint.tokenizer()
     ids = prompt_ids(tokenizer, sys.stdin.read() if prompt == "-" else prompt, chat)
     context = ids.shape[1] + new_tokens
-    opened = load(checkpoint, memory, context=context, policy=policy)
+    opened = load(checkpoint, memory, context=context, policy=policy, ahead=ahead)
     made, cost = answer(
         opened, ids, new_tokens, tokenizer=tokenizer, say=None if as_json else _say, temperature=temperature, seed=seed
     )

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from moekit.cli._options import Model
-from moekit.cli.run import Memory, Policy
+from moekit.cli.run import Ahead, Memory, Policy
 from moekit.errors import OptionError
 
 
@@ -22,6 +22,7 @@ def serve(
         int, typer.Option("--waiting", metavar="N", min=0, help="Requests that may wait; more are refused (429).")
     ] = 16,
     policy: Policy = None,
+    ahead: Ahead = None,
 ) -> None:
     """Answer OpenAI-compatible clients (completions and chat, streamed or whole) under a cap on memory.
 
@@ -45,6 +46,6 @@ def serve(
 
     checkpoint = Checkpoint.open(model)
     tokenizer = checkpoint.tokenizer()
-    desk = Desk(load(checkpoint, memory, context=context, policy=policy), tokenizer, waiting)
+    desk = Desk(load(checkpoint, memory, context=context, policy=policy, ahead=ahead), tokenizer, waiting)
     sys.stderr.write(f"moekit: serving {model} on http://{host}:{port}/v1\n")
     uvicorn.run(app(desk, model), host=host, port=port, log_level="warning")

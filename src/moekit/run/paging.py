@@ -25,6 +25,7 @@ from moekit.kernels import BankExperts, warm_up
 from moekit.run._predictors_gate import NextGate
 from moekit.run._room import working_bytes
 from moekit.run._tiers import Paged, largest, paged, paged_parameters, used
+from moekit.run.defaults import Choice, remembered
 from moekit.run.policy import CachePolicy
 from moekit.run.policy import policy as named
 from moekit.run.predict import Predictor, Signal
@@ -35,7 +36,6 @@ NAME = "moekit-paged"
 THREADS = 4
 """Experts read at the same time: enough to keep a solid-state disk busy."""
 DEFAULT_CONTEXT = 2048
-DEFAULT_POLICY = "lru"
 
 
 @dataclass(eq=False)
@@ -124,7 +124,7 @@ def load(
     memory: int | float | str | Cap | None = None,
     *,
     policy: str | CachePolicy | None = None,
-    ahead: int = 0,
+    ahead: int | None = None,
     context: int = DEFAULT_CONTEXT,
     dtype: torch.dtype | None = None,
     threads: int = THREADS,
@@ -134,8 +134,10 @@ def load(
     Args:
         ref: a folder, a cached hub id, ``moekit:NAME`` or an open checkpoint; in its family's own files.
         memory: cap on the peak resident set of the whole process: bytes, "4GB", or None for all experts in memory.
-        policy: which experts make room for others, see :func:`moekit.run.policy`; None for the usual one.
-        ahead: how many experts of the next layer are read while one computes, as its router would choose now.
+        policy: which experts make room for others, see :func:`moekit.run.policy`; None for what
+            tuning found for this model, or the usual one.
+        ahead: how many experts of the next layer are read while one computes, as its router would choose now;
+            None as ``policy``.
         context: tokens, prompt and answer together, of all sequences of a batch, that memory is set aside for.
         dtype: of the weights in memory; the checkpoint's own if None.
         threads: how many experts are read at the same time.
@@ -146,10 +148,12 @@ def load(
         UnsupportedModelError: a family whose experts cannot be paged.
     """
     checkpoint = ref if isinstance(ref, Checkpoint) else Checkpoint.open(ref)
-    if context < 1 or threads < 1 or ahead < 0:
+    if context < 1 or threads < 1 or (ahead or 0) < 0:
         raise OptionError("context and threads must be at least 1, and ahead at least 0")
     limit = cap(memory)
-    chosen = policy if isinstance(policy, CachePolicy) else named(policy or DEFAULT_POLICY)
+    usual = remembered(checkpoint) if policy is None else Choice("lru")
+    chosen = policy if isinstance(policy, CachePolicy) else named(policy or usual.policy)
+    width = usual.ahead if ahead is None else ahead
 
     warm_up(dtype or checkpoint.scheme.dtype)
 
@@ -160,8 +164,8 @@ def load(
     found, reader = blocks(model), Reader(checkpoint.path, checkpoint.tensors, direct=True)
     layers = [paged(checkpoint, reader, _layer(checkpoint, block), block) for block in found]
     smallest, working = max(max(layer.charge) for layer in layers), working_bytes(model, checkpoint, context)
-    paging = Paging(ExpertStore(layers, smallest, chosen, threads), found, width=ahead, context=context)
-    paging.predictor = NextGate([block.choose for block in found]) if ahead else None
+    paging = Paging(ExpertStore(layers, smallest, chosen, threads), found, width=width, context=context)
+    paging.predictor = NextGate([block.choose for block in found]) if width else None
     _install(model, paging)
     limit.require(working, "a context")
     room = limit.room()

@@ -7,53 +7,11 @@ import threading
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from moekit.errors import BudgetError
+from moekit.run._tier import Counters, Tier
 from moekit.run.policy import CachePolicy, Key
 from moekit.stream import gigabytes
-
-
-class Tier(Protocol):
-    """The experts of one layer on the slow tier, and the places they are brought to.
-
-    ``charge``: memory that each expert takes at most; ``stored_bytes``: what is read for it. :meth:`keep` and
-    :meth:`drop` are called under the store's lock, :meth:`fill` from its threads, between the two.
-    """
-
-    name: str
-    num_experts: int
-    charge: Sequence[int]
-    stored_bytes: Sequence[int]
-
-    def keep(self, expert: int) -> None: ...
-    def drop(self, expert: int) -> None: ...
-    def fill(self, expert: int) -> None: ...
-
-
-@dataclass
-class Counters:
-    """``requests``: experts asked for, one for each distinct expert of a batch at a layer; of these ``hits`` were
-    there, ``late`` were being prefetched and had to be waited for, ``misses`` had to be fetched. Bytes are bytes read
-    from the slow tier; ``useless_bytes`` of the prefetched ones were thrown out unused. ``stall_seconds``: time that
-    computing stood still; ``read_seconds``: time that reading threads spent reading, all together.
-    """
-
-    requests: int = 0
-    hits: int = 0
-    late: int = 0
-    misses: int = 0
-    evictions: int = 0
-    demand_bytes: int = 0
-    prefetch_bytes: int = 0
-    useless_bytes: int = 0
-    stall_seconds: float = 0.0
-    read_seconds: float = 0.0
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of requests that found their expert there; 1 where nothing was asked for."""
-        return self.hits / self.requests if self.requests else 1.0
 
 
 @dataclass(eq=False)
@@ -185,6 +143,17 @@ class ExpertStore:
             self.budget = budget
             while self._held > budget and self._make_room(0, next(iter(self._resident)), demand=True):
                 pass
+
+    def clear(self, policy: CachePolicy) -> None:
+        """Let all experts go and start afresh under another policy; what is being read is waited for."""
+        with self._changed:
+            while self._cancel():
+                pass
+            while self._busy():
+                self._changed.wait()
+            for key in list(self._resident):
+                self._evict(key)
+            self.policy, self.counters = policy, Counters()
 
     def close(self) -> None:
         """Stop reading and give all memory back. What is being read is finished first."""

@@ -1,0 +1,49 @@
+"""What a store keeps in memory comes from here, and this is what it counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class Tier(Protocol):
+    """The experts of one layer on the slow tier, and the places they are brought to.
+
+    ``charge``: memory that each expert takes at most; ``stored_bytes``: what is read for it. :meth:`keep` and
+    :meth:`drop` are called under the store's lock, :meth:`fill` from its threads, between the two.
+    """
+
+    name: str
+    num_experts: int
+    charge: Sequence[int]
+    stored_bytes: Sequence[int]
+
+    def keep(self, expert: int) -> None: ...
+    def drop(self, expert: int) -> None: ...
+    def fill(self, expert: int) -> None: ...
+
+
+@dataclass
+class Counters:
+    """``requests``: experts asked for, one for each distinct expert of a batch at a layer; of these ``hits`` were
+    there, ``late`` were being prefetched and had to be waited for, ``misses`` had to be fetched. Bytes are bytes read
+    from the slow tier; ``useless_bytes`` of the prefetched ones were thrown out unused. ``stall_seconds``: time that
+    computing stood still; ``read_seconds``: time that reading threads spent reading, all together.
+    """
+
+    requests: int = 0
+    hits: int = 0
+    late: int = 0
+    misses: int = 0
+    evictions: int = 0
+    demand_bytes: int = 0
+    prefetch_bytes: int = 0
+    useless_bytes: int = 0
+    stall_seconds: float = 0.0
+    read_seconds: float = 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of requests that found their expert there; 1 where nothing was asked for."""
+        return self.hits / self.requests if self.requests else 1.0
