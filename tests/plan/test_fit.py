@@ -17,7 +17,7 @@ from moekit.plan import LayerPlan, LiveLoss, Plan, StoredExpert, fit, split_held
 from moekit.plan.candidates import BELIEFS
 from moekit.plan.cost import PRECISIONS, WHOLE, expected_error, layer_cost, rounding_errors
 from moekit.plan.produce import produce
-from moekit.plan.search import STREAMED, Effort, usual_effort
+from moekit.plan.search import STREAMED, TIE, Effort, usual_effort
 from moekit.plan.sizes import plan_nbytes, source_nbytes
 from moekit.plan.target import make_target
 from moekit.profile import profile
@@ -258,6 +258,22 @@ def test_effort_bounds_what_is_measured(source, seen) -> None:
     assert len(asked) <= 2 + len(BELIEFS) + 2 + 2 + 2
     assert any(plan.layers == light.plan.layers for plan in asked[2:])
     assert light.measured == min(one.measured for one in light.candidates)
+
+
+@pytest.mark.parametrize(("worse", "preferred"), [(0.5 * TIE, True), (2 * TIE, False)])
+def test_of_plans_that_measure_alike_the_calibrated_one_is_taken(worse, preferred, source, seen) -> None:
+    def evaluate(plan: Plan) -> float:
+        calibrated = any(layer.why == "again" for layer in plan.layers.values())
+        return 1e-3 + worse * calibrated
+
+    def finish(plan: Plan) -> Plan:
+        return replace(plan, layers={name: replace(layer, why="again") for name, layer in plan.layers.items()})
+
+    found = fit(source, seen, ratio=0.5, evaluate=evaluate, finish=finish)
+    assert found.candidates[0].calibrated == preferred
+    assert found.candidates[0].name.endswith("rounded with calibration") == preferred
+    assert any(one.calibrated for one in found.candidates)
+    assert all(one.measured is not None for one in found.candidates)
 
 
 def test_where_each_measurement_reads_the_disk_few_are_made(source, seen, loss) -> None:

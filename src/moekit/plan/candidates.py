@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from moekit.algebra import alignment, assign_to_leaders
 from moekit.formats import DenseBank
@@ -13,18 +14,21 @@ from moekit.plan.document import Plan
 from moekit.plan.layer import LayerPlan
 from moekit.plan.low_rank import Rank
 from moekit.plan.merge import merged, redirected
-from moekit.plan.solve import Point, Weights, counts_allowed, layer_plan, solve, uniform
+from moekit.plan.solve import Point, Solution, Weights, counts_allowed, layer_plan, solve, uniform
 
 BELIEFS = (1.0, 0.25, 4.0)
 """How much worse or better dropping may be, against rounding, than the costs say."""
 SINGLE: tuple[Precision, ...] = (WHOLE, (8, 64), (8, 128), (4, 64), (4, 128), (3, 64), (2, 64))
+TRIES = 8
+"""Solutions at most until one fits: what headers take is only estimated while solving."""
 ALIGNED_UNITS = 2048
 """Wider experts are not merged: finding the order of so many hidden units takes too long."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """``nbytes`` of experts and router rows; ``drop`` and ``noise`` the two parts of the predicted loss."""
+    """``nbytes`` of experts and router rows; ``drop`` and ``noise`` the two parts of the predicted loss; ``calibrated``
+    if its rounding was done again with calibration."""
 
     name: str
     plan: Plan
@@ -32,6 +36,7 @@ class Candidate:
     drop: float
     noise: float
     measured: float | None = None
+    calibrated: bool = False
 
     @property
     def predicted(self) -> float:
@@ -51,17 +56,44 @@ def solved(
     budget: int,
     source: str,
     believed: Weights | None = None,
+    over: Callable[[Plan], int] = lambda plan: 0,
 ) -> Iterator[Candidate]:
-    """The solver's plans: for each ranking, for each belief, and with no expert dropped. ``weights`` predict;
-    ``believed`` (the same if None) is what the solver works with."""
+    """The solver's plans: for each ranking, for each belief, and with no expert dropped; where one has factors, the
+    best without any too. ``weights`` predict; ``believed`` (the same if None) is what the solver works with. A plan
+    that turns out ``over`` the budget by some bytes is solved again in as many fewer."""
     tries = [(ranking, belief, True) for ranking in rankings[:1] for belief in BELIEFS]
     tries += [(ranking, 1.0, True) for ranking in rankings[1:]] + [(rankings[0], 1.0, False)]
     for ranking, belief, drop in tries:
-        found = solve(costs, (believed or weights).scaled(belief), ranking, budget, drop=drop)
-        if found is not None:
-            name = f"solver by {ranking}" + (f", dropping counted x{belief:g}" if belief != 1 else "")
-            name = name if drop else "solver, precision only"
-            yield candidate(name, [found.points[c.site.name] for c in costs], costs, weights, source)
+        name = f"solver by {ranking}" + (f", dropping counted x{belief:g}" if belief != 1 else "")
+        name = name if drop else "solver, precision only"
+        believes = (believed or weights).scaled(belief)
+        for low_rank in (True, False) if costs[0].ranks else (False,):
+            solution = partial(solve, costs, believes, ranking, drop=drop, low_rank=low_rank)
+            made = partial(candidate, name, costs=costs, weights=weights, source=source)
+            one = _fitted(solution, made, budget, over)
+            if one is not None:
+                yield one
+                if not any(layer.values for layer in one.plan.layers.values()):
+                    break
+
+
+def _fitted(
+    solution: Callable[[int], Solution | None],
+    made: Callable[[Sequence[Point]], Candidate],
+    budget: int,
+    over: Callable[[Plan], int],
+) -> Candidate | None:
+    """The solution in so many bytes, or in as many fewer as its plan turns out too large by."""
+    for _ in range(TRIES):
+        found = solution(budget)
+        if found is None:
+            return None
+        one = made(tuple(found.points.values()))
+        excess = over(one.plan)
+        if excess <= 0:
+            return one
+        budget -= excess
+    return None
 
 
 def single_methods(
@@ -93,10 +125,12 @@ def candidate(
         site = cost.site
         gone = [e for e in range(site.num_experts) if e not in point.kept]
         drop += weights.drop[site.name] * float(cost.drop[gone].sum())
-        noise += weights.noise[site.name] * sum(
-            float(cost.noise[form][e]) for e, form in zip(point.kept, point.forms, strict=True)
-        )
+        for expert, form in zip(point.kept, point.forms, strict=True):
+            lost = float(weights.of(cost, form)[expert])
+            drop, noise = (drop + lost, noise) if isinstance(form, Rank) else (drop, noise + lost)
         layers[site.name] = layer_plan(point, cost, _why(point, site.num_experts, name))
+    if any(layer.values for layer in layers.values()):
+        name += ", with low rank"
     plan = Plan(source=source, layers=layers, methods=(f"fit: {name}",))
     return Candidate(name, plan, sum(point.nbytes for point in points), drop, noise)
 

@@ -3,9 +3,10 @@
 The unit of loss is *disturbance*: the energy of the error a change puts into a layer's output, as a share of the
 energy of the residual stream behind it, per token. Dropping expert e disturbs by its weighted output energy and
 by about as much again from whatever serves its tokens instead; rounding it disturbs by its share of the layer's energy
-(``rounding_share``) times the squared relative error of its rounded output. Disturbances of different experts and
-layers are taken to be independent, so they add; how many nats one unit costs in each layer is measured where the model
-can run (``calibrate``).
+(``rounding_share``) times the squared relative error of its rounded output. What a low rank leaves out of it is missing
+as a dropped expert's output is, though nothing comes in its place. Disturbances of different experts and layers are
+taken to be independent, so they add; how many nats one unit costs in each layer is measured where the model can run
+(``calibrate``).
 Shapes by suffix: E experts, T tokens, H hidden size.
 """
 
@@ -50,10 +51,10 @@ SAMPLED_EXPERTS, SAMPLED_TOKENS, SAMPLED_WEIGHTS = 4, 64, 32_000_000
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer: ``drop`` [E] and ``noise[form]`` [E] in disturbance, ``nbytes[form]`` of one stored expert,
-    ``scores`` [E] by the name of the ranking, ``row_nbytes`` of one router row of the output. For merging: ``usage``
-    [E] and the ``similarity`` [E, E] of router logits, None where the profile has none. ``bank`` reads experts, for
-    the forms whose numbers are computed."""
+    """One layer: ``drop`` [E] and ``noise[form]`` [E] in disturbance (a rank's is output that is missing, and weighs as
+    dropping does), ``nbytes[form]`` of one stored expert, ``scores`` [E] by the name of the ranking, ``row_nbytes`` of
+    one router row of the output. For merging: ``usage`` [E] and the ``similarity`` [E, E] of router logits, None where
+    the profile has none. ``bank`` reads experts, for the forms whose numbers are computed."""
 
     site: Site
     drop: np.ndarray
@@ -86,6 +87,7 @@ def layer_cost(
     """The costs of one layer. ``weights`` False (headers only) takes the rounding error of normally distributed
     weights instead of the layer's own, and no ``ranks``: what those lose is only in the weights."""
     energy_E, share_E = seen.total("output_energy"), rounding_share(seen)
+    missing_E = energy_E / _stream_energy(seen, energy_E)
     if weights:
         tried = tried_experts(layer)
         bank, inputs = checkpoint.bank(layer.name, experts=tried), _inputs(seen)
@@ -96,8 +98,8 @@ def layer_cost(
         error = {p: np.full(layer.num_experts, expected_error(*p)) for p in precisions}
     return LayerCost(
         site=Site(layer.name, layer.num_experts, layer.top_k, layer.groups),
-        drop=REROUTED * energy_E / _stream_energy(seen, energy_E),
-        noise={form: share_E * error[form] for form in error},
+        drop=REROUTED * missing_E,
+        noise={form: (missing_E if isinstance(form, Rank) else share_E) * error[form] for form in error},
         nbytes=expert_nbytes(checkpoint, layer, list(error)),
         row_nbytes=row_nbytes(checkpoint, layer),
         scores=rankings(seen),

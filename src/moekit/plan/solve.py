@@ -36,6 +36,11 @@ class Weights:
     def scaled(self, drop: float) -> Weights:
         return Weights({name: value * drop for name, value in self.drop.items()}, self.noise)
 
+    def of(self, cost: LayerCost, form: Form) -> np.ndarray:
+        """Nats [E] that each expert costs in a form: what a rank leaves out weighs as what is dropped."""
+        rate = self.drop if isinstance(form, Rank) else self.noise
+        return rate[cost.site.name] * cost.noise[form]
+
 
 @dataclass(frozen=True)
 class Point:
@@ -60,10 +65,11 @@ class Solution:
 
 
 def solve(
-    costs: Sequence[LayerCost], weights: Weights, ranking: str, budget: int, *, drop: bool = True
+    costs: Sequence[LayerCost], weights: Weights, ranking: str, budget: int, *, drop: bool = True, low_rank: bool = True
 ) -> Solution | None:
-    """The least loss in ``budget`` bytes for experts and router rows; None where even the least bytes are too many."""
-    menus = [layer_menu(cost, weights, ranking, drop=drop) for cost in costs]
+    """The least loss in ``budget`` bytes for experts and router rows; None where even the least bytes are too many.
+    Without ``drop`` every expert is kept, without ``low_rank`` none becomes factors."""
+    menus = [layer_menu(cost, weights, ranking, drop=drop, low_rank=low_rank) for cost in costs]
     found = allocate([[(p.nbytes, p.loss) for p in menu] for menu in menus], budget, STATES)
     if found is None:
         return None
@@ -78,11 +84,13 @@ def smallest(costs: Sequence[LayerCost]) -> int:
     return sum(counts_allowed(cost)[0] * (min(cost.nbytes.values()) + cost.row_nbytes) for cost in costs)
 
 
-def layer_menu(cost: LayerCost, weights: Weights, ranking: str, *, drop: bool = True) -> list[Point]:
+def layer_menu(
+    cost: LayerCost, weights: Weights, ranking: str, *, drop: bool = True, low_rank: bool = True
+) -> list[Point]:
     """Every way to store one layer that no other beats in both bytes and loss, thinned to ``MENU``: as integers and
     whole experts, or as factors and whole experts."""
     found = _points(cost, weights, ranking, cost.precisions, drop)
-    if cost.ranks:
+    if cost.ranks and low_rank:
         found += _points(cost, weights, ranking, (WHOLE, *cost.ranks), drop)
     bends = _bends(np.array([point.nbytes for point in found]), np.array([point.loss for point in found]))
     return [found[index] for index in bends]
@@ -91,8 +99,8 @@ def layer_menu(cost: LayerCost, weights: Weights, ranking: str, *, drop: bool = 
 def _points(cost: LayerCost, weights: Weights, ranking: str, forms: Sequence[Form], drop: bool) -> list[Point]:
     """The same where experts are stored in these forms only."""
     site, order = cost.site, in_order(cost, ranking)
-    noise = weights.noise[site.name]
-    items = [[(cost.nbytes[f] + cost.row_nbytes, noise * float(cost.noise[f][e])) for f in forms] for e in order]
+    nats = {form: weights.of(cost, form) for form in forms}
+    items = [[(cost.nbytes[f] + cost.row_nbytes, float(nats[f][e])) for f in forms] for e in order]
     path: list[Frontier] = list(frontiers(items, INNER_STATES))
     counts = counts_allowed(cost) if drop else [site.num_experts]
     lost = np.append(np.cumsum(weights.drop[site.name] * cost.drop[list(order[::-1])])[::-1], 0.0)
@@ -142,7 +150,7 @@ def uniform(cost: LayerCost, weights: Weights, ranking: str, count: int, form: F
     """The point of a single method: the best ``count`` experts, all in one form."""
     order, name = in_order(cost, ranking), cost.site.name
     kept, gone = order[:count], list(order[count:])
-    loss = weights.drop[name] * cost.drop[gone].sum() + weights.noise[name] * cost.noise[form][list(kept)].sum()
+    loss = weights.drop[name] * cost.drop[gone].sum() + weights.of(cost, form)[list(kept)].sum()
     nbytes = count * (cost.nbytes[form] + cost.row_nbytes)
     return Point(nbytes, float(loss), kept, (form,) * count)
 
