@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from moekit.plan.candidates import candidate, distinct, single_methods, solved
 from moekit.plan.cost import LayerCost
+from moekit.plan.document import Plan
 from moekit.plan.planner import Site
 from moekit.plan.solve import (
     MENU,
@@ -147,3 +148,19 @@ def test_uniform_and_distinct() -> None:
     assert point.loss == pytest.approx(1.02)
     twice = [candidate(name, [point], [one], weights([one]), "s") for name in ("x", "y")]
     assert [c.name for c in distinct(twice)] == ["x"]
+
+
+def test_a_solution_whose_plan_is_too_large_is_sought_again_in_less() -> None:
+    costs = [cost("a", [9, 5, 4, 2], [4, 3, 2, 1]), cost("b", [7, 6, 5, 1], [1, 2, 3, 4])]
+    scale, header = weights(costs), 90
+
+    def over(plan: Plan) -> int:
+        stored = [expert for layer in plan.layers.values() for expert in layer.experts]
+        return sum(BYTES[e.bits, e.group_size] + 1 for e in stored) + header - 400
+
+    for one in solved(costs, scale, ["output energy"], 400, "source", over=over):
+        assert one.nbytes + header <= 400
+        assert over(one.plan) <= 0
+    best = next(solved(costs, scale, ["output energy"], 400, "source", over=over))
+    assert best.predicted == pytest.approx(brute(costs, 400 - header, scale))
+    assert not list(solved(costs, scale, ["output energy"], 400, "source", over=lambda plan: 100))
