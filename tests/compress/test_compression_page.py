@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -53,7 +54,18 @@ def test_the_page_has_every_method_least_loss_first(script: ModuleType) -> None:
     assert rows[1][3].startswith("1.2 [")
     assert rows[1][4:] == ["0.6", "1.8 |"]
     assert "No setting is that small: rtn." in page
+    assert "No method is below `fit`." in page
+    assert "0 of its 2 plans store any factors" in page
     assert "`python benchmarks/compression.py`" in page
     assert "12 minutes" in page
     assert "seeds 1, 2 draw both" in page
     assert str(Path.home()) not in page
+
+
+def test_who_is_below_fit_is_said(script: ModuleType) -> None:
+    entries = (entry("reap", 0.05), entry("rtn", 0.1), replace(entry("fit", 0.1), setting="solver, with low rank"))
+    page = script.document(Comparison("m", "f", 5_000_000, (0.5,), (1,), entries, ()), 1, "")
+    assert "Below `fit`: reap (0.1 against 0.2)." in page
+    assert "1 of its 1 plans store any factors" in page
+    alone = script.document(Comparison("m", "f", 5_000_000, (0.5,), (1,), entries[:2], ()), 1, "")
+    assert "fit" not in alone.partition("## 50%")[2]
