@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moekit.algebra import assign_to_leaders, best, cosine_of_gram, share_to_count
+from moekit.errors import OptionError
 
 scores = st.lists(st.integers(0, 3), min_size=8, max_size=8).map(lambda s: np.array(s, float))
 
@@ -44,3 +46,22 @@ def test_experts_join_the_leader_they_resemble() -> None:
     assert similarity[4].tolist() == [0] * 5
     assert assign_to_leaders(similarity, [1, 0]).tolist() == [0, 1, 0, 1, 0]
     assert assign_to_leaders(np.ones((3, 3)), [0, 2]).tolist() == [0, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("at", "value"), [((0, 0), np.nan), ((0, 0), -np.inf), ((1, 2), np.nan), ((1, 2), np.inf), ((1, 2), -np.inf)]
+)
+def test_similarities_that_cannot_be_told_are_refused(at: tuple[int, int], value: float) -> None:
+    gram = np.eye(3)
+    gram[at] = value
+    with pytest.raises(OptionError, match="inner products of router logits of layer 7 hold NaN or infinite values"):
+        cosine_of_gram(gram, "router logits of layer 7")
+
+
+def test_an_expert_that_is_masked_is_like_no_other() -> None:
+    logits = np.array([[1.0, -np.inf, 2.0], [0.5, -np.inf, -1.0], [0.3, -np.inf, 0.2]])
+    with np.errstate(invalid="ignore"):
+        similar = cosine_of_gram(logits.T @ logits)
+    assert similar[1].tolist() == similar[:, 1].tolist() == [0, 0, 0]
+    apart = np.delete(logits, 1, axis=1)
+    np.testing.assert_allclose(np.delete(np.delete(similar, 1, 0), 1, 1), cosine_of_gram(apart.T @ apart))

@@ -28,10 +28,20 @@ class Clustering:
     settled: bool = True
 
 
-def cosine_of_gram(gram_EE: np.ndarray) -> np.ndarray:
-    """Cosine similarities [E, E] of vectors known only by their inner products; zero against a zero vector."""
-    norm_E = np.sqrt(np.clip(np.diag(gram_EE), 0.0, None))
-    scale_EE = np.outer(norm_E, norm_E)
+def cosine_of_gram(gram_EE: np.ndarray, of: str = "experts") -> np.ndarray:
+    """Cosine similarities [E, E] of vectors known only by their inner products; zero against a zero vector.
+
+    An expert whose own product is infinite was never scored (masked: its router logits are -inf) and is like no other.
+    Raises :class:`OptionError`, naming ``of``, where another product is NaN or infinite.
+    """
+    own_E = np.diag(gram_EE)
+    scored_EE = np.logical_and.outer(own_E != np.inf, own_E != np.inf)
+    if not np.isfinite(gram_EE[scored_EE]).all():
+        raise OptionError(
+            f"inner products of {of} hold NaN or infinite values: they cannot be compared; check the model's weights"
+        )
+    norm_E = np.sqrt(np.clip(own_E, 0.0, None))
+    scale_EE = np.where(scored_EE, np.outer(norm_E, norm_E), 0.0)
     return np.divide(gram_EE, scale_EE, out=np.zeros_like(gram_EE, dtype=float), where=scale_EE > 0)
 
 

@@ -39,7 +39,8 @@ def merges(
 
     def merge(name: str) -> LayerPlan:
         count, experts = len(leaders[name]), sites[name].num_experts
-        leader_E = assign_to_leaders(cosine_of_gram(seen[name].logit_gram), leaders[name])
+        similar_EE = cosine_of_gram(seen[name].logit_gram, f"the router logits of {name}")
+        leader_E = assign_to_leaders(similar_EE, leaders[name])
         orders = dict(enumerate(align(source.bank(name)).numpy())) if aligned and experts > count else None
         why = f"merges {experts} experts into {count} by routing similarity, weighted by usage"
         return merged(leader_E, usage[name], orders, why)

@@ -54,7 +54,8 @@ class Uncurl(LayerPlanner):
         count, share_E = count_to_keep(self.keep, site), shares(summed(layer, "counts"))
         if count == site.num_experts:
             return LayerPlan.identity(count, why="keeps all experts")
-        affinity_EE = (np.clip(cosine_of_gram(layer.logit_gram), -1.0, 1.0) + 1) / 2
+        similar_EE = cosine_of_gram(layer.logit_gram, f"the router logits of {layer.name}")
+        affinity_EE = (np.clip(similar_EE, -1.0, 1.0) + 1) / 2
         found = spectral(affinity_EE, count, seed=self.seed)
         clusters = [np.flatnonzero(found.labels == label) for label in range(count)]
         leader_E = np.empty(site.num_experts, dtype=int)
