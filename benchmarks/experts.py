@@ -1,4 +1,4 @@
-"""Expert kernels side by side: transformers' backends, moekit plain, prepared, int8, packed integers, in one process.
+"""Expert kernels side by side: transformers' backends, moekit plain, prepared, int8, stored formats, in one process.
 
 Contestants of a shape take turns, each repetition with a fresh routing of its own (so weights are as cold as they
 would be), and a figure is the median over repetitions of the ratio within one repetition. Writes experts.json and
@@ -15,19 +15,17 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from experts_report import markdown, summary
+from experts_stored import DISTINCT, STORED, stored
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import moekit
-from moekit.formats import DenseBank, PackedBank
-from moekit.kernels import BankExperts
 from moekit.kernels._tiles import has_units
 
 SHAPES = (
@@ -45,8 +43,6 @@ SHAPES = (
 """(H, I, E, k, T): hidden size, intermediate size, experts, slots per token, tokens."""
 
 DECODE_TOKENS, PREFILL_TOKENS = 8, 256
-DISTINCT = 4
-"""Experts of a layer that are drawn; the others are copies, each in memory of its own (drawing all takes minutes)."""
 
 
 def empty_module(hidden: int, inner: int, experts: int, implementation: str) -> Any:
@@ -77,21 +73,6 @@ def sharing(module: Any, implementation: str) -> Any:
 def prepared(module: Any, bits: int | None) -> Any:
     twin = sharing(module, "moekit")
     return twin, moekit.prepare(twin, bits=bits, keep=True)
-
-
-PACKED = {"packed 8 bit": (8,) * 4, "packed 4 bit": (4,) * 4, "packed 3 bit": (3,) * 4, "packed 2 bit": (2,) * 4}
-PACKED |= {"packed 1 bit": (1,) * 4, "packed 1-8 bit": (1, 2, 4, 8)}
-"""Bits of the distinct experts."""
-
-
-def packed(module: Any, bits: tuple[int, ...]) -> BankExperts:
-    """The distinct experts packed, and copied to the places of all others."""
-    few, experts = DISTINCT, module.num_experts
-    bank = PackedBank.quantise(DenseBank(module.gate_up_proj[:few], module.down_proj[:few]), bits, 64)
-    by_expert = [{n: t for n, t in bank.tensors().items() if n.startswith(f"{e}.")} for e in range(few)]
-    stored = {f"{e}.{n.split('.', 1)[1]}": t.clone() for e in range(experts) for n, t in by_expert[e % few].items()}
-    widths = tuple(bank.bits[e % few] for e in range(experts))
-    return BankExperts(replace(bank, stored=stored, bits=widths, group_size=bank.group_size[:1] * experts))
 
 
 def routing(tokens: int, experts: int, slots: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,14 +145,14 @@ def inference(shape: tuple, dtype: torch.dtype, module: Any, seconds: float) -> 
     contestants["prepared"], report = prepared(module, None)
     contestants["int8"], _ = prepared(module, 8)
     if dtype == torch.bfloat16:
-        contestants |= {name: packed(module, bits) for name, bits in PACKED.items()}
+        contestants |= {name: stored(module, name) for name in STORED}
     with torch.no_grad():
         index, weight = routing(tokens, experts, slots, dtype)
         exact = sharing(module, "eager")(x, index, weight).float()
         errors = {
             name: float((run(x, index, weight).float() - exact).norm() / exact.norm())
             for name, run in contestants.items()
-            if name not in PACKED
+            if name not in STORED
         }
         times = race(contestants, lambda: (x, *routing(tokens, experts, slots, dtype)), seconds)
         dense_x, dense_w = torch.randn(tokens * slots, hidden).to(dtype), torch.randn(3 * inner, hidden).to(dtype)
@@ -193,7 +174,9 @@ def inference(shape: tuple, dtype: torch.dtype, module: Any, seconds: float) -> 
 
 def _expert_bytes(run: Any, name: str, shape: tuple, dtype: torch.dtype) -> float:
     """Of weights, scales and mins; what a decoding step has to read of every active expert."""
-    if name in PACKED:
+    if name == "ternary":  # as it runs: two bits a weight and the levels
+        return 3 * shape[0] * shape[1] / 4 + 4 * (2 * shape[1] + shape[0])
+    if name in STORED:
         return sum(p.numel() * p.element_size() for p in run.parameters()) / shape[2]
     return 3 * shape[0] * shape[1] * (1 if name == "int8" else dtype.itemsize)
 

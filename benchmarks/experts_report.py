@@ -41,6 +41,7 @@ def markdown(record: dict[str, Any]) -> str:
     cases, about = record["cases"], record["machine"]
     names = ["plain", "prepared", "int8"]
     packs = [f"packed {bits} bit" for bits in ("8", "4", "3", "2", "1", "1-8")]
+    packs += [*(f"nested {bits} bit" for bits in (2, 3, 4, 8)), "ternary"]
     packed = [["H, I, E, k, T", "bfloat16 (ms)", *(name.removeprefix("packed ") for name in packs)]]
     tokens = [["H, I, E, k, T", "bfloat16", *packed[0][2:]]]
     speed = [["H, I, E, k, T", "dtype", "transformers' best (ms)", *names]]
@@ -77,10 +78,11 @@ def markdown(record: dict[str, Any]) -> str:
         "",
         table(speed),
         "",
-        "## Packed integers against bfloat16 of the same shapes",
+        "## Stored formats against bfloat16 of the same shapes",
         "",
-        "Groups of 64; the last column mixes 1, 2, 4 and 8 bits between experts. In brackets the share of the limit "
-        "below, counting every active expert's packed bytes once.",
+        "Packed integers in groups of 64 (1-8 mixes 1, 2, 4 and 8 bits between experts), nested planes on a base of 2 "
+        "bits in groups of 64, ternary as it runs, at two bits a weight. In brackets the share of the limit below, "
+        "counting every active expert's bytes once.",
         "",
         table(packed),
         "",

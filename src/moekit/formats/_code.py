@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
+from . import _grid
+
 SIZE, PAIRS = 2**16, 14
 ZERO = 0.885
 Array = NDArray[Any]
@@ -87,6 +89,29 @@ def decode(codes_Q: Tensor, rows: int, columns: int) -> Tensor:
     found = codes_Q.to(torch.int32)
     valid = torch.arange(2 * PAIRS, device=found.device) < lengths[found][:, None]
     return table[found][valid].view(rows, -1)[:, :columns]
+
+
+def unpack(codes_Q: Tensor, offsets: Tensor, columns: int) -> Tensor | None:
+    """Symbols of two bits each, uint8 [N, K / 4], low bits first; None where the codes do not add up to rows.
+
+    K must be a multiple of 4; in main memory.
+    """
+    rows = len(offsets) - 1
+    compiled = jit()
+    if compiled is None:
+        whole = sound(codes_Q, offsets, columns)
+        return _grid.pack(decode(codes_Q, rows, columns), 2) if whole else None
+    out = torch.empty(rows, columns // 4, dtype=torch.uint8)
+    whole = compiled.unpack(codes_Q.numpy(), offsets.numpy(), words(), out.numpy())
+    return out if whole else None
+
+
+@cache
+def words() -> Array:
+    """uint64 [2**16]: the symbols of a run, two bits each, above six bits that say how many bits those are."""
+    made = dictionary()
+    symbols = made.symbols.astype(np.uint64) << np.arange(6, 62, 2, dtype=np.uint64)
+    return np.asarray(np.bitwise_or.reduce(symbols, axis=1) | (2 * made.lengths.astype(np.uint64)))
 
 
 def sound(codes_Q: Tensor, offsets: Tensor, columns: int) -> bool:

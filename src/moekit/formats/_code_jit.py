@@ -1,4 +1,4 @@
-"""Walking the trie of the dictionary code, compiled by Numba where it is installed."""
+"""Walking the trie of the dictionary code, and back, compiled by Numba where it is installed."""
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
@@ -25,3 +25,34 @@ def encode(pairs_NP, child):
         if pairs:
             ended[n, pairs] = state
     return ended
+
+
+@njit(nogil=True, cache=True)
+def unpack(codes, offsets, words, out_NB):
+    """Two bits a weight, low bits first; false, with nothing to rely on, where codes do not add up to rows.
+
+    ``words`` are of :func:`~moekit.formats._code.words`. A row has an even number of columns, ``out_NB`` a byte for
+    every four.
+    """
+    rows, size = out_NB.shape
+    if offsets[0] != 0 or offsets[rows] != len(codes):
+        return False
+    for n in range(rows):
+        at, rest, bits, left = 0, np.uint64(0), np.uint64(0), 8 * size
+        for q in range(offsets[n], offsets[n + 1]):
+            if q < 0 or q >= len(codes):
+                return False
+            word = words[codes[q]]
+            left -= np.int64(word & np.uint64(63))
+            if left < 0:
+                return False
+            rest |= (word >> np.uint64(6)) << bits
+            bits += word & np.uint64(63)
+            while bits >= 8:
+                out_NB[n, at] = rest & np.uint64(255)
+                at += 1
+                rest >>= np.uint64(8)
+                bits -= np.uint64(8)
+        if left:
+            return False
+    return True

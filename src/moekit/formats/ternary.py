@@ -159,10 +159,24 @@ class TernaryBank(StoredBank):
         """Raises :class:`CheckpointError` where the codes of a matrix do not add up to its rows."""
         codes, offsets = (self.stored[f"{expert}.{part}.{leaf}"] for leaf in ("codes", "offsets"))
         if not _code.sound(codes, offsets, self.size(part)[1]):
-            raise CheckpointError(
-                f"the codes of {expert}.{part} do not add up to rows of {self.size(part)[1]} weights: "
-                "the file is damaged, or was written by something else"
-            )
+            raise self._damaged(expert, part)
+
+    def symbols(self, expert: int, part: str) -> Tensor:
+        """A matrix at two bits a weight, uint8 [R, K / 4], low bits first: 0 is zero, 1 the low level, 2 the high.
+
+        K must be a multiple of 4. Raises :class:`CheckpointError` as :meth:`check_codes` does.
+        """
+        codes, offsets = (self.stored[f"{expert}.{part}.{leaf}"] for leaf in ("codes", "offsets"))
+        found = _code.unpack(codes, offsets, self.size(part)[1])
+        if found is None:
+            raise self._damaged(expert, part)
+        return found
+
+    def _damaged(self, expert: int, part: str) -> CheckpointError:
+        return CheckpointError(
+            f"the codes of {expert}.{part} do not add up to rows of {self.size(part)[1]} weights: "
+            "the file is damaged, or was written by something else"
+        )
 
     def some(self, expert: int, part: str, rows: slice, dtype: torch.dtype) -> Tensor:
         """Some rows of a matrix, decoded; only their codes are read, and not checked."""

@@ -2,7 +2,8 @@
 
 A value is ``scale * (256 * high + low)`` with two signed bytes, so a product with an unsigned byte of weights is two of
 VNNI's. Rounding x to 16 bits costs about 2e-5 of a product's norm. In memory a row of x is 64 bytes that begin with its
-scale, and for every 64 columns 64 high bytes, 64 low bytes and 16 partial sums as float32, which go with the mins.
+scale, and for every 64 columns 64 high bytes, 64 low bytes and 16 partial sums as float32, which go with the mins;
+behind all of them their totals, one for every 64 columns.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -31,6 +32,7 @@ from ._simd import (
     same,
     splat,
     store,
+    total,
     vector_of,
 )
 
@@ -39,12 +41,23 @@ LARGEST = 32000.0
 
 def rounds(kind: str) -> bool:
     """Whether products with weights of this kind take x in 16 bits on this CPU."""
-    return BITS[kind] <= 8 and all(FEATURES.get(name) for name in ("avx512vnni", "avx512vbmi"))
+    return kind.startswith("q") and all(FEATURES.get(name) for name in ("avx512vnni", "avx512vbmi"))
+
+
+def code_size(width: int) -> int:
+    """Bytes of a row of ``width`` columns."""
+    return 64 + 3 * width + (width // 16 + 63) // 64 * 64
 
 
 def code_bytes(b, width):
-    """Bytes of a row of ``width`` columns."""
-    return b.add(b.mul(width, const(3)), const(64))
+    """The same, emitted."""
+    sums = b.and_(b.add(b.lshr(width, const(4)), const(63)), const(-64))
+    return b.add(b.add(b.mul(width, const(3)), const(64)), sums)
+
+
+def code_sum(b, row, width, column):
+    """The address of the sum of 64 columns of a row."""
+    return b.add(b.add(row, b.add(b.mul(width, const(3)), const(64))), b.lshr(column, const(4)))
 
 
 def code_at(b, row, column):
@@ -68,8 +81,8 @@ def dot_code(b, at, integers, scale, low, running):
     return fma(b, b.sitofp(both, VECTOR), scale, fma(b, low, load(b, VECTOR, at, 128), running))
 
 
-def write_code(b, at, values: list) -> None:
-    """64 columns, given as four vectors of integers."""
+def write_code(b, at, whole, values: list) -> None:
+    """64 columns, given as four vectors of integers; their sum goes to ``whole``."""
     for v, value in enumerate(values):
         high = b.ashr(b.add(value, vector_of(I32, [128] * LANES)), vector_of(I32, [8] * LANES))
         for part, offset in ((high, 0), (b.sub(value, b.shl(high, vector_of(I32, [8] * LANES))), 64)):
@@ -77,7 +90,9 @@ def write_code(b, at, values: list) -> None:
     first, *others = values
     for other in others:
         first = b.add(first, other)
-    store(b, b.sitofp(first, VECTOR), at, 128)
+    parts = b.sitofp(first, VECTOR)
+    store(b, parts, at, 128)
+    store(b, total(b, parts), whole)
 
 
 def fitted(b, x, count, most: float):

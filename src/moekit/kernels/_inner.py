@@ -24,18 +24,17 @@ from ._simd import (
     blocks,
     chunk,
     const,
-    exp,
-    fma,
     grid_at,
     load,
     loop,
     prefetch,
-    same,
+    row,
     splat,
     store,
     total,
     turned,
 )
+from ._tables import READY
 
 
 @intrinsic(prefer_literal=True)
@@ -83,53 +82,98 @@ floats, bytes_at = _pointer(types.float32), _pointer(types.uint8)
 """An address as the pointer that ``numba.carray`` takes."""
 
 
-MATRIX = types.UniTuple(types.int64, 6)
+GRID_BYTES = 18
+"""Room for a row's grids in float32, for each byte of one of them as stored: two and at most seven planes."""
+
+MATRIX = types.UniTuple(types.int64, 8)
 
 
 @intrinsic(prefer_literal=True)
-def dot(context, kind, matrix, x, codes, count, width, bias, out, out_width):
+def dot(context, kind, matrix, scratch, x, codes, count, width, bias, out, out_width):
     """out[m, r] = bias[r] + W[r] . x[m] for 32 rows of W and ``count`` rows of x, ``width`` long.
 
     ``matrix``: address of W, bytes of its rows, addresses of scales and mins, bytes of their rows, logarithm of the
-    group size; ``out_width`` is in float32. ``codes``: the rows of x as :func:`round_words` leaves them, for kinds
-    that :func:`rounds`. W is read where it lies, and what comes next is fetched ahead.
+    group size, address of planes, number of the first row; ``out_width`` is in float32. ``codes``: the rows of x as
+    :func:`round_words` leaves them, for kinds that :func:`rounds`; ``scratch``: room for kinds that are :data:`READY`.
+    W is read where it lies, and what comes next is fetched ahead.
     """
     name = kind.literal_value
-    step, signature, coded = chunk(name), types.void(kind, MATRIX, *(types.int64,) * 7), rounds(name)
+    signature, coded = types.void(kind, MATRIX, *(types.int64,) * 8), rounds(name)
 
     def emit(context, b, signature, arguments):
-        x, codes, count, width, bias, out, out_width = arguments[2:]
+        scratch, x, codes, count, width, bias, out, out_width = arguments[2:]
         stride = cgutils.unpack_tuple(b, arguments[1])[1]
         x_rows = (codes, code_bytes(b, width)) if coded else (x, b.shl(width, const(2)))
-        with loop(b, const(32), 4) as first:
-            lines = list(_lines(b, arguments[1], first, 4))
+        rows, sizes = (2, (8, 4, 3, 2, 1)) if name in READY else (4, (6, 4, 3, 2, 1))
+        with loop(b, const(32), rows) as first:
+            lines = lines_of(b, name, arguments[1], first, rows, scratch)
             at = b.shl(first, const(2))
             out_rows = (b.add(out, at), b.shl(out_width, const(2)))
-            for M, x_at, out_at in blocks(b, (6, 4, 3, 2, 1), count, x_rows, out_rows):
-                sums = Sums(b, M, 4)
-                with loop(b, width, step) as k:
-                    ahead = b.add(b.lshr(b.mul(k, const(BITS[name])), const(3)), b.mul(stride, const(8)))
-                    for line, _ in lines:
-                        for offset in range(0, step * BITS[name] // 8, 64):
-                            prefetch(b, b.add(b.add(line, ahead), const(offset)))
-                    _dot_step(b, name, lines, k, [x_at(m) for m in range(M)], sums)
-                for m in range(M):
-                    for r in range(4):
-                        value = total(b, sums.get(m, r))
-                        if coded:
-                            value = b.fmul(value, load(b, F32, x_at(m)))
+            for M, x_at, out_at in blocks(b, sizes, count, x_rows, out_rows):
+                values = _dot_block(b, name, lines, stride, width, [x_at(m) for m in range(M)])
+                for m, of_rows in enumerate(values):
+                    for r, value in enumerate(of_rows):
                         store(b, b.fadd(value, load(b, F32, b.add(bias, at), 4 * r)), out_at(m), 4 * r)
         return context.get_dummy_value()
 
     return signature, emit
 
 
-def _lines(b, matrix, first, count: int):
+def _dot_block(b, name, lines, stride, width, x_rows) -> list:
+    """W[r] . x[m] of every m and r."""
+    step = chunk(name)
+    if name in READY and len(x_rows) <= 2:  # one row at a time, a sum for each part of a chunk: none waits for another
+        return list(zip(*(_one_line(b, name, line, stride, width, x_rows) for line in lines), strict=True))
+    sums = Sums(b, len(x_rows), len(lines))
+    with loop(b, width, step) as k:
+        if name not in READY:
+            fetch(b, name, lines, b.shl(stride, const(3)), k)
+        _dot_step(b, name, lines, k, x_rows, sums)
+    totals = [[total(b, sums.get(m, r)) for r in range(len(lines))] for m in range(len(x_rows))]
+    if rounds(name):
+        scales = [load(b, F32, x) for x in x_rows]
+        totals = [[b.fmul(value, scale) for value in row] for row, scale in zip(totals, scales, strict=True)]
+    return totals
+
+
+def _one_line(b, name, line, stride, width, x_rows) -> list:
+    """One row of W."""
+    parts = chunk(name) // LANES
+    sums = Sums(b, len(x_rows), parts)
+    with loop(b, width, chunk(name)) as k:
+        for v, value in enumerate(COLUMNS[name](b, line[0], k, line[1])):
+            for m, row in enumerate(x_rows):
+                sums.add(m, v, value, load(b, VECTOR, b.add(row, b.shl(k, const(2))), 64 * v))
+    found = []
+    for m in range(len(x_rows)):
+        whole = sums.get(m, 0)
+        for v in range(1, parts):
+            whole = b.fadd(whole, sums.get(m, v))
+        found.append(total(b, whole))
+    return found
+
+
+def fetch(b, name, lines, distance, k) -> None:
+    """What will be read ``distance`` bytes on."""
+    ahead = b.add(b.lshr(b.mul(k, const(BITS[name])), const(3)), distance)
+    for line, _ in lines:
+        for offset in range(0, chunk(name) * BITS[name] // 8, 64):
+            prefetch(b, b.add(b.add(line, ahead), const(offset)))
+
+
+def lines_of(b, name, matrix, first, count: int, scratch=None) -> list:
     """(address of a row of W, its grid) of ``count`` rows from ``first`` on."""
-    weight, stride, scales, mins, groups, shift = cgutils.unpack_tuple(b, matrix)
-    for r in (b.add(first, const(r)) for r in range(count)):
-        group = b.mul(groups, r)
-        yield b.add(weight, b.mul(stride, r)), (b.add(scales, group), b.add(mins, group), shift)
+    fields = cgutils.unpack_tuple(b, matrix)
+    if name not in READY:
+        return [row(b, fields, b.add(first, const(r))) for r in range(count)]
+    begin, line = READY[name]
+
+    def room(r):
+        return b.add(scratch, b.mul(b.mul(fields[4], const(GRID_BYTES)), r))
+
+    with loop(b, const(count), 1) as r:
+        begin(b, fields, b.add(first, r), room(r))
+    return [line(b, fields, b.add(first, const(r)), room(const(r))) for r in range(count)]
 
 
 def _dot_step(b, name, lines, k, x_rows, sums) -> None:
@@ -140,6 +184,12 @@ def _dot_step(b, name, lines, k, x_rows, sums) -> None:
             integers, (scale, low) = integers_at(b, name, line, k), grid_at(b, k, grid)
             for m, place in enumerate(places):
                 sums.put(m, r, dot_code(b, place, integers, scale, low, sums.get(m, r)))
+        return
+    if name in READY:  # decoded row by row: all rows at once would not leave registers for the sums
+        for r, (line, grid) in enumerate(lines):
+            for v, value in enumerate(COLUMNS[name](b, line, k, grid)):
+                for m, row in enumerate(x_rows):
+                    sums.add(m, r, value, load(b, VECTOR, b.add(row, b.shl(k, const(2))), 64 * v))
         return
     values = [COLUMNS[name](b, line, k, grid) for line, grid in lines]
     for v in range(chunk(name) // LANES):
@@ -192,67 +242,21 @@ def panel(context, kind, adds, weight, stride, ahead, x, x_width, count, width, 
 
 
 @intrinsic(prefer_literal=True)
-def transpose(context, kind, matrix, width, out):
+def transpose(context, kind, matrix, scratch, width, out):
     """out[k, :32] = W[:32, k] as float32, for k < ``width``: rows of any kind to a panel."""
     name = kind.literal_value
     step = chunk(name)
-    signature = types.void(kind, MATRIX, types.int64, types.int64)
+    signature = types.void(kind, MATRIX, *(types.int64,) * 3)
 
     def emit(context, b, signature, arguments):
-        matrix, width, out = arguments[1:]
-        with loop(b, width, step) as k:
-            for half in range(2):
-                lines = _lines(b, matrix, const(LANES * half), LANES)
+        matrix, scratch, width, out = arguments[1:]
+        with loop(b, const(2 * LANES), LANES) as first:
+            lines, side = lines_of(b, name, matrix, first, LANES, scratch), b.add(out, b.shl(first, const(2)))
+            with loop(b, width, step) as k:
                 values = [COLUMNS[name](b, line, k, grid) for line, grid in lines]
                 for v in range(step // LANES):
-                    for column, value in enumerate(turned(b, [row[v] for row in values])):
-                        store(b, value, b.add(out, b.mul(k, const(128))), 128 * (LANES * v + column) + 64 * half)
+                    for column, value in enumerate(turned(b, [each[v] for each in values])):
+                        store(b, value, b.add(side, b.mul(k, const(128))), 128 * (LANES * v + column))
         return context.get_dummy_value()
 
     return signature, emit
-
-
-@intrinsic
-def copy(context, x, y, count):
-    """y[i] = x[i] for i < ``count``, a multiple of 16; float32."""
-
-    def emit(context, b, signature, arguments):
-        x, y, count = arguments
-        with loop(b, count, LANES) as i:
-            byte = b.shl(i, const(2))
-            store(b, load(b, VECTOR, b.add(x, byte)), b.add(y, byte))
-        return context.get_dummy_value()
-
-    return types.void(*(types.int64,) * 3), emit
-
-
-@intrinsic
-def silu_mul(context, gate, up, out, count):
-    """out[i] = silu(gate[i]) * up[i] for i < ``count``, a multiple of 16; float32."""
-
-    def emit(context, b, signature, arguments):
-        gate, up, out, count = arguments
-        with loop(b, count, LANES) as i:
-            byte = b.shl(i, const(2))
-            g, u = (load(b, VECTOR, b.add(a, byte)) for a in (gate, up))
-            one = same(1.0)
-            store(b, b.fmul(b.fdiv(g, b.fadd(one, exp(b, b.fneg(g)))), u), b.add(out, byte))
-        return context.get_dummy_value()
-
-    return types.void(*(types.int64,) * 4), emit
-
-
-@intrinsic
-def axpy(context, factor, x, y, count):
-    """y[i] += factor * x[i] for i < ``count``, a multiple of 16; float32."""
-
-    def emit(context, b, signature, arguments):
-        factor, x, y, count = arguments
-        wide = splat(b, factor)
-        with loop(b, count, LANES) as i:
-            byte = b.shl(i, const(2))
-            at = b.add(y, byte)
-            store(b, fma(b, wide, load(b, VECTOR, b.add(x, byte)), load(b, VECTOR, at)), at)
-        return context.get_dummy_value()
-
-    return types.void(types.float32, *(types.int64,) * 3), emit

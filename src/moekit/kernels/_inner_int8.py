@@ -6,7 +6,7 @@ from __future__ import annotations
 from numba import types
 from numba.extending import intrinsic
 
-from ._codes import code_at, fitted, rounded, write_code
+from ._codes import code_at, code_sum, fitted, rounded, write_code
 from ._inner import PANEL_ROWS
 from ._simd import (
     BYTES,
@@ -89,7 +89,7 @@ def round_words(context, x, out, count):
         with loop(b, count, 64) as i:
             source = b.add(x, b.shl(i, const(2)))
             values = [rounded(b, load(b, VECTOR, source, 64 * v), factor) for v in range(4)]
-            write_code(b, code_at(b, out, i), values)
+            write_code(b, code_at(b, out, i), code_sum(b, out, count, i), values)
         return context.get_dummy_value()
 
     return types.void(*(types.int64,) * 3), emit

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from numba import carray, cfunc, from_dtype, njit, types
 
-from ._compiled import PANEL, SOURCES, built, record
-from ._inner import axpy, copy, floats, made_from, take, word
+from ._compiled import PANEL, SOURCES, built, code_size, record
+from ._inner import floats, made_from, take, word
 from ._inner_int8 import round_bytes, round_words
+from ._inner_rows import axpy, copy
 
 MOVE = record("counter", "here", "tasks", "pairs", "rows", "slots", "x", "y", "weights", "width")
 """Rows between tokens ``x`` [T, width] and sorted pairs ``y`` [rows, width], float32; ``pairs``: address of ``rows``
@@ -46,7 +47,7 @@ def rounded(bits: str, sources: str = SOURCES):
                 token = word(job.pairs, row) // job.slots if job.pairs else row
                 x = job.x + 4 * token * job.width
                 if words:
-                    round_words(x, job.y + row * (64 + 3 * job.width), job.width)
+                    round_words(x, job.y + row * code_size(job.width), job.width)
                 else:
                     round_bytes(x, job.y + row * job.width, job.weights + 4 * row, job.width)
             task = take(job.here)

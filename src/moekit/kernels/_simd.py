@@ -41,8 +41,8 @@ def load(b, kind, address, offset: int = 0, align: int = 1):
     return value
 
 
-def store(b, value, address, offset: int = 0) -> None:
-    b.store(value, b.inttoptr(b.add(address, const(offset)), value.type.as_pointer())).align = 4
+def store(b, value, address, offset: int = 0, align: int = 4) -> None:
+    b.store(value, b.inttoptr(b.add(address, const(offset)), value.type.as_pointer())).align = align
 
 
 def call(b, name: str, result, *arguments):
@@ -193,6 +193,15 @@ def range_of(start: int, count: int) -> list[int]:
 BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "q8": 8, "q4": 4, "q3": 3, "q2": 2, "q1": 1}
 COLUMNS: dict[str, Callable] = {"float32": _float32, "bfloat16": _bfloat16, "float16": _float16}
 COLUMNS |= {kind: _integers(bits) for kind, bits in BITS.items() if bits <= 8}
+READY: dict[str, tuple[Callable, Callable]] = {}
+"""Kinds of weights that need more for a row than :func:`row` finds: what begins it, and a function in its place."""
+
+
+def row(b, matrix, r):
+    """The address of row ``r`` of a matrix, and its grid: addresses of scales and mins, logarithm of the group size."""
+    weight, stride, scales, mins, groups, shift, _, _ = matrix
+    offset = b.mul(groups, r)
+    return b.add(weight, b.mul(stride, r)), (b.add(scales, offset), b.add(mins, offset), shift)
 
 
 def chunk(kind: str) -> int:

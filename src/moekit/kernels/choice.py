@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ..formats import PackedBank
-from . import fused, integers, panels
+from ..formats import NestedBank, PackedBank, TernaryBank
+from . import fused, integers, panels, planes
 from ._layer import Layer
 from ._tiles import has_units
 from .bank_experts import BankExperts
@@ -95,6 +95,10 @@ def _how(chosen: str | None, module: Any, tokens: int) -> list[str]:
         bank = module.bank
         if isinstance(bank, PackedBank):
             return [_fused(integers.unfit(bank))]
+        if isinstance(bank, TernaryBank | NestedBank) and (against := planes.unfit(bank)) is None:
+            more = planes.expanded_nbytes(bank) if isinstance(bank, TernaryBank) else 0
+            note = [f"  codes are expanded to two bits a weight: {more / 1e6:.1f} MB beside them"] if more else []
+            return [_fused(against), *note]
         return [f"  {'compiled by Numba' if integers.jit() else 'by torch: Numba would be faster, pip install numba'}"]
     if chosen in ("int8", "panels"):
         compiled = isinstance(module.__dict__["_moekit_prepared"].products, fused.Fused)

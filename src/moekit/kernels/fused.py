@@ -36,8 +36,9 @@ UNIT = 32
 """Both sizes of a matrix must be multiples of this many weights."""
 
 
-FIELDS = ("weight", "stride", "scales", "mins", "scale_stride", "shift", "bias")
-"""Of one expert's matrix: addresses, bytes of a row and of a row of scales, logarithm of the group size."""
+FIELDS = ("weight", "stride", "scales", "mins", "scale_stride", "shift", "bias", "planes")
+"""Of one expert's matrix: addresses, bytes of a row and of a row of scales, logarithm of the group size; ``planes`` is
+the address of what a kind of weights has beyond that."""
 
 
 @cache
@@ -104,7 +105,7 @@ class Rows:
 
 @dataclass(eq=False)
 class Matrices:
-    """One matrix [N, K] of every expert: ``table`` [E, 7] as :data:`FIELDS`, ``kinds[e]`` its weights' kind.
+    """One matrix [N, K] of every expert: ``table`` [E, 8] as :data:`FIELDS`, ``kinds[e]`` its weights' kind.
 
     ``form`` is how the weights lie: "rows", "columns" (of the transposed matrix), "panels" or "int8"; ``kept`` holds
     what the table's addresses point to.
@@ -140,7 +141,7 @@ class Matrices:
         y = x_TK if pairs is None else gather(x_TK, pairs, slots)
         if not any(compiled().rounds(name) for name in self.names):
             return Rows(y)
-        codes = torch.empty(rows, 64 + 3 * width, dtype=torch.uint8)
+        codes = torch.empty(rows, compiled().code_size(width), dtype=torch.uint8)
         _move(routes().rounded("16"), tasks, pairs, rows, width, y=codes.data_ptr(), **at)
         return Rows(y, codes=codes)
 

@@ -14,20 +14,17 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..formats import PackedBank
+from . import stored_matrices
 from ._tiles import TILE, Tiles
-from .fused import FIELDS, Fused, Matrices, lacking
+from .fused import Fused, Matrices
 
 _PLANES = {8: 1, 4: 2, 3: 8, 2: 4, 1: 8}
 """Integers in the smallest whole unit of a packed row: 8 to three bytes at 3 bits, else as many as a byte holds."""
-
-CHUNK = 64
-"""Columns that the fused kernels decode together; the group size must be this times a power of two."""
 
 FEW_ROWS = 3
 """Rows up to which compiled kernels multiply the packed integers directly instead of decoding tiles."""
@@ -120,36 +117,25 @@ def _unpack(packed_NB: Tensor, bits: int, tile: Tensor) -> None:
 
 def unfit(bank: PackedBank) -> str | None:
     """Why the fused kernels cannot run a bank, or None."""
-    if any(size % CHUNK for size in bank.shape):
-        return f"sizes of {bank.hidden_size} and {bank.intermediate_size}: only multiples of {CHUNK} are compiled for"
-    for expert, (bits, group) in enumerate(zip(bank.bits, bank.group_size, strict=True)):
-        whole = group % CHUNK == 0 and group & (group - 1) == 0 and not any(size % group for size in bank.shape)
-        if bits != 16 and not whole:
-            return f"groups of {group} in expert {expert}: only {CHUNK}, {2 * CHUNK}, {4 * CHUNK} .. are compiled for"
     if bank.dtype not in (torch.float32, torch.bfloat16, torch.float16) and 16 in bank.bits:
         return f"no compiled kernel for {str(bank.dtype)[6:]}"
-    if any(t.device.type != "cpu" or not t.is_contiguous() for t in bank.stored.values()):
-        return "the experts are not in this machine's memory"
-    return lacking()
+    return stored_matrices.unfit(bank, {e: g for e, g in enumerate(bank.group_size) if bank.bits[e] != 16})
 
 
 def _matrices(bank: PackedBank, part: str) -> Matrices:
     """One part of every expert, read where it lies."""
-    rows, width = bank.size(part)
-    table, kept = np.zeros((bank.num_experts, len(FIELDS)), np.int64), []
+    table, kept = stored_matrices.table_of(bank, part)
     kinds = [str(bank.dtype)[6:] if bits == 16 else f"q{bits}" for bits in bank.bits]
     for expert, group in enumerate(bank.group_size):
-        leaves = ("weight", "qweight", "scales", "mins", "bias")
+        leaves = ("weight", "qweight", "scales", "mins")
         leaf = {n: t for n in leaves if (t := bank.stored.get(f"{expert}.{part}.{n}")) is not None}
-        bias = leaf.pop("bias").to(torch.float32) if "bias" in leaf else torch.zeros(rows)
         weight, *grid = leaf.values()
         table[expert, :2] = weight.data_ptr(), weight.stride(0) * weight.element_size()
         if grid:
             scales, mins = grid
             table[expert, 2:6] = scales.data_ptr(), mins.data_ptr(), scales.stride(0) * 2, group.bit_length() - 1
-        table[expert, 6] = bias.data_ptr()
-        kept += [*leaf.values(), bias]
-    return Matrices(rows, width, kinds, table, kept)
+        kept += leaf.values()
+    return Matrices(*bank.size(part), kinds, table, kept)
 
 
 @cache

@@ -1,8 +1,10 @@
-"""Products on ternary and nested experts: a tile of an expert is decoded in cache when tokens reach it, never kept.
+"""Products on ternary and nested experts: fused where the machine can, else decoded a tile at a time, never kept.
 
-With Numba tiles are decoded in one pass, and one or two rows are multiplied without decoding at all: ternary codes name
-the weights that are not zero, so only those are visited. Shapes by suffix: M rows, N output and K input columns of a
-product.
+Fused kernels read nested experts where they lie, and ternary ones at two bits a weight, to which the codes are
+expanded once: following the codes anew for every token took three times as long.
+Without them, but with Numba, tiles are decoded in one pass, and one or two rows are multiplied without decoding at all:
+ternary codes name the weights that are not zero, so only those are visited. Shapes by suffix: M rows, N output and K
+input columns of a product.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ import torch
 from torch import Tensor
 
 from ..formats import NestedBank, TernaryBank, _code
+from . import stored_matrices
 from ._tiles import TILE
+from .fused import Fused, Matrices
 
 FEW_ROWS = 2
 """Rows up to which compiled kernels multiply codes directly: decoding a tile costs as much as two such products."""
@@ -32,6 +36,14 @@ class _Decoded:
         self.bank = bank
         self.finish = finish
         self.num_experts, self.activation = bank.num_experts, bank.activation
+        self.fused: Fused | None = None
+        if unfit(bank) is None:
+            up, down = (self._matrices(part) for part in bank.PARTS)
+            self.fused = Fused(up, down, bank.activation, finish)
+
+    def _matrices(self, part: str) -> Matrices:
+        """One part of every expert for the fused kernels."""
+        raise NotImplementedError
 
     def dtype(self, x_TH: Tensor) -> torch.dtype:
         return torch.promote_types(x_TH.dtype, torch.float32)
@@ -91,8 +103,11 @@ class TernaryProducts(_Decoded):
     bank: TernaryBank
 
     def __init__(self, bank: TernaryBank, finish: Finish | None = None) -> None:
-        super().__init__(bank, finish)
         self._checked: set[tuple[int, str]] = set()
+        super().__init__(bank, finish)
+
+    def _matrices(self, part: str) -> Matrices:
+        return stored_matrices.ternary(self.bank, part)
 
     def _product(self, x_MK: Tensor, expert: int, part: str) -> Tensor:
         # compiled loops follow the codes without looking at bounds, and a file may hold anything
@@ -125,6 +140,9 @@ class NestedProducts(_Decoded):
 
     bank: NestedBank
 
+    def _matrices(self, part: str) -> Matrices:
+        return stored_matrices.nested(self.bank, part)
+
     def _fits(self, expert: int, part: str) -> bool:
         """Whether groups divide the row, and units of 8 columns the groups."""
         group = self.bank.group_size[expert]
@@ -151,6 +169,17 @@ class NestedProducts(_Decoded):
         """(bits, packed integers, scales, mins) of the base and every plane."""
         for bits, packed, scales, mins in self.bank.levels(expert, part):
             yield bits, packed[some].numpy(), scales[some].float().numpy(), mins[some].float().numpy()
+
+
+def unfit(bank: TernaryBank | NestedBank) -> str | None:
+    """Why the fused kernels cannot run a bank, or None."""
+    groups = bank.group_size if isinstance(bank, NestedBank) else ()
+    return stored_matrices.unfit(bank, dict(enumerate(groups)))
+
+
+def expanded_nbytes(bank: TernaryBank) -> int:
+    """Bytes that fused kernels keep beside the codes: two bits a weight."""
+    return bank.num_experts * sum(rows * columns // 4 for rows, columns in map(bank.size, bank.PARTS))
 
 
 @cache
