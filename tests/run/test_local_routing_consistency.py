@@ -69,7 +69,7 @@ def naive_hits(steps, capacity, window):
 def test_segment_cache_agrees_with_a_naive_simulation_and_the_bound(seed, capacity, window):
     trace = random_trace(seed, steps=40, layers=1)
     steps = [tuple(row) for row in trace.expert[:, 0].tolist()]
-    found = replay(trace, SegmentCache(trace=trace, window=window, pool="global"), capacity)
+    found = replay(trace, SegmentCache(trace=trace, window=window), capacity)
     assert found.hits == naive_hits(steps, capacity, window) <= bound(trace, capacity).hits
 
 

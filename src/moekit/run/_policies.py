@@ -14,8 +14,8 @@ from moekit.run.policy import CachePolicy, Key
 class Priority(CachePolicy):
     """Evicts the candidate of least priority; ties go to the lower layer, then the lower expert.
 
-    ``pool`` is where candidates come from: the ``layer`` of the incoming expert, within its fair share, or everywhere
-    (``global``).
+    ``pool`` says where :func:`moekit.run.policy.policy` lets candidates come from: the ``layer`` of the incoming
+    expert, within its fair share, or everywhere (``global``).
     """
 
     pool: Literal["layer", "global"] = "layer"

@@ -29,7 +29,6 @@ class Foresight(Priority):
     The forecast comes from :class:`Foreseeing` around the predictor that the store asks, or by :meth:`foresee`.
     """
 
-    pool: str = "global"  # type: ignore[assignment]
     _coming: set[Key] = field(default_factory=set, init=False)
     _last: dict[Key, int] = field(default_factory=dict, init=False)
     _clock: int = field(default=0, init=False)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 
@@ -81,7 +80,6 @@ class SegmentCache(Priority):
 
     trace: RoutingTrace
     window: int = 16
-    pool: Literal["layer", "global"] = "layer"
     _last: dict[Key, int] = field(default_factory=dict, init=False)
     _step: int = field(default=-1, init=False)
     _coming: np.ndarray = field(init=False)
