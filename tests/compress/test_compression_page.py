@@ -57,7 +57,7 @@ def test_the_page_has_every_method_least_loss_first(script: ModuleType) -> None:
     assert "No method is below `fit`." in page
     assert "0 of its 2 plans store any factors" in page
     assert "`python benchmarks/compression.py`" in page
-    assert "12 minutes" in page
+    assert "12 minutes for all points" in page
     assert "seeds 1, 2 draw both" in page
     assert str(Path.home()) not in page
 
