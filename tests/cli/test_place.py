@@ -46,7 +46,7 @@ def test_servers_read_the_same_placement(placed):
 
 
 def test_a_person_reads_a_table(model, profile, tmp_path):
-    options = ("--profile", profile, "--devices", 2, "--with", "moetuner:seconds=1", "--output", tmp_path / "p.json")
+    options = ("--profile", profile, "--devices", 2, "--with", "moetuner:branches=10", "--output", tmp_path / "p.json")
     code, out, err = call("place", model, *options)
     assert (code, err) == (0, "")
     for word in ("2 layers of 8 experts on 2 devices", "contiguous", "balanced", "random", "busiest link", "imbalance"):

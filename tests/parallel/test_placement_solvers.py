@@ -142,11 +142,23 @@ def test_clusters_of_equal_load_match_brute_force(clusters):
         loads = rng.integers(1, 60, 7).astype(float)
         ways = (np.array(way) for way in itertools.product(range(clusters), repeat=7) if len(set(way)) == clusters)
         best = min(_solver_balance.deviation(loads, way, clusters) for way in ways)
-        found, least = _solver_balance.solve(loads, clusters, gap=0.0)
+        found, least = _solver_balance.solve(loads, clusters, gap=0.0, branches=10_000)
         assert _solver_balance.deviation(loads, found, clusters) == pytest.approx(best, abs=1e-5)
         assert least <= best + 1e-6
         first = _solver_balance.heaviest_first(loads, clusters)
-        assert set(first) == set(range(clusters))
+        moved = _solver_balance.exchanged(loads, first, clusters)
+        assert set(first) == set(moved) == set(range(clusters))
+        squares = [(np.bincount(c, loads, clusters) ** 2).sum() for c in (first, moved)]
+        assert squares[1] <= squares[0]
+
+
+def test_exchanges_find_what_one_move_or_swap_gains():
+    loads = np.array([5.0, 4, 3, 2])
+    assert _solver_balance.deviation(loads, np.array([0, 0, 1, 1]), 2) == 4
+    moved = _solver_balance.exchanged(loads, np.array([0, 0, 1, 1]), 2)
+    assert _solver_balance.deviation(loads, moved, 2) == 0
+    kept = _solver_balance.exchanged(np.array([9.0, 1, 1]), np.array([0, 1, 1]), 2)
+    assert kept.tolist() == [0, 1, 1]  # the only expert of a cluster does not leave it
 
 
 def test_heaviest_first_leaves_no_cluster_empty():

@@ -30,18 +30,18 @@ from moekit.parallel.placement import Placed, Placement, Placer
 
 @dataclass(frozen=True, kw_only=True)
 class MoETuner(Placer):
-    """``slow``: how many times slower a link between nodes is; ``seconds``: HiGHS's limit per layer."""
+    """``slow``: how many times slower a link between nodes is; ``branches``: HiGHS's limit per layer."""
 
     slow: float = 8.0
-    seconds: float = 5.0
+    branches: int = 100
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.slow < 1 or self.seconds <= 0:
-            raise OptionError(f"moetuner: slow={self.slow}, seconds={self.seconds}: give slow >= 1 and seconds above 0")
+        if self.slow < 1 or self.branches < 1:
+            raise OptionError(f"moetuner: slow={self.slow}, branches={self.branches}: give slow >= 1 and branches >= 1")
 
     def place(self, flow: Flow, grid: Grid) -> Placed:
-        groups = [_solver_balance.solve(loads, grid.world, seconds=self.seconds) for loads in flow.counts]
+        groups = [_solver_balance.solve(loads, grid.world, branches=self.branches) for loads in flow.counts]
         cluster = np.stack([found for found, _ in groups])
         between = clustered(flow, cluster, grid.world)
         slowness = links(grid, self.slow)
