@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+import threading
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -115,16 +116,30 @@ def _run(here: World, case: str) -> None:
     Engine(here, layout, planner).run(own, torch.zeros(1, 6, dtype=torch.float64), Routing(index, index.double()))
 
 
-def dies(patience: float, told: Path) -> None:
-    """Rank 1 dies before an exchange that rank 0 is in, which writes down what it was told."""
+def dies(patience: float) -> str:
+    """Rank 1 dies soon; rank 0 waits for it in an exchange and returns what it was told."""
     here = World.join(patience=patience)
-    if dist.get_rank() == 1:
-        os._exit(0)
+    if here.rank == 1:
+        threading.Timer(0.5, os._exit, [0]).start()
+        return ""
     try:
-        while True:
-            flat(here, torch.zeros(2 * here.size, 2), [[2] * here.size] * here.size).wait()
+        flat(here, torch.zeros(4, 2), [[2, 2], [2, 2]]).wait()
     except ParallelError as error:
-        told.write_text(str(error))
+        return str(error)
+    return "nothing was raised"
+
+
+def silent(patience: float) -> str:
+    """Rank 0 waits in an exchange to which rank 1 never comes."""
+    here = World.join(patience=60)
+    here.tokens = dist.new_group(timeout=timedelta(seconds=patience))
+    here.patience = patience
+    try:
+        if here.rank == 0:
+            flat(here, torch.zeros(4, 2), [[2, 2], [2, 2]]).wait()
+    except ParallelError as error:
+        return str(error)
+    return "nothing was raised"
 
 
 def no_group() -> str:

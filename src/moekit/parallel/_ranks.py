@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import multiprocessing
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from moekit.parallel._errors import ParallelError
 
@@ -25,7 +26,7 @@ class LocalRanks:
     """
 
     def __init__(self, size: int, threads: int = 1, patience: float = 120.0) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = _context()
         self.patience = patience
         self.pipes: list[Connection] = []
         self.processes: list[Any] = []
@@ -48,20 +49,29 @@ class LocalRanks:
             raise ParallelError("these ranks were stopped when an earlier question failed: start new ones")
         for pipe in self.pipes:
             pipe.send((function, args))
-        answers = [self._answer(rank) for rank in range(len(self.pipes))]
-        for rank, (fine, answer) in enumerate(answers):
-            if not fine:
-                self.close()
-                raise ParallelError(f"rank {rank} of {len(self.pipes)} {answer}")
-        return [answer for _, answer in answers]
+        answers: dict[int, Any] = {}
+        until = time.monotonic() + self.patience
+        while len(answers) < len(self.pipes):
+            waiting = [rank for rank in range(len(self.pipes)) if rank not in answers]
+            ready = wait([self.pipes[rank] for rank in waiting], max(0.0, until - time.monotonic()))
+            if not ready:
+                self._fail(waiting[0], f"did not answer within {self.patience:g} s")
+            for rank in (rank for rank in waiting if self.pipes[rank] in ready):
+                answers[rank] = self._answer(rank)
+        return [answers[rank] for rank in range(len(self.pipes))]
 
-    def _answer(self, rank: int) -> tuple[bool, Any]:
-        if not self.pipes[rank].poll(self.patience):
-            return False, f"did not answer within {self.patience:g} s"
+    def _answer(self, rank: int) -> Any:
         try:
-            return self.pipes[rank].recv()
+            fine, answer = self.pipes[rank].recv()
         except EOFError:
-            return False, "died"
+            self._fail(rank, "died")
+        if not fine:
+            self._fail(rank, answer)
+        return answer
+
+    def _fail(self, rank: int, how: str) -> NoReturn:
+        self.close()
+        raise ParallelError(f"rank {rank} of {len(self.pipes)} {how}")
 
     def close(self) -> None:
         for process in self.processes:
@@ -74,6 +84,15 @@ class LocalRanks:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _context() -> Any:
+    """Fork from a server that has imported torch, where there is one: ranks then start at once, not in seconds each."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "moekit.parallel"])
+    return context
 
 
 def _work(rank: int, size: int, meet: str, threads: int, patience: float, pipe: Connection) -> None:

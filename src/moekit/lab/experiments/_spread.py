@@ -21,7 +21,6 @@ from moekit.contract import PAD, Routing
 from moekit.formats import DenseBank
 from moekit.kernels._layer import Layer
 from moekit.kernels.training import autograd
-from moekit.measure import Interval
 from moekit.parallel import Engine, World, shard
 
 HIDDEN, INNER, SLOTS, TOKENS = 6, 8, 2, 23
@@ -87,6 +86,9 @@ def loss(out: Tensor) -> Tensor:
 
 def figures_of(values: Sequence[float]) -> dict[str, float]:
     """Mean and 95 % t interval over seeds, as JSON takes it."""
+    # ranks import this module too, and need none of what this brings along
+    from moekit.measure import Interval
+
     return asdict(Interval.over_seeds(values))
 
 
