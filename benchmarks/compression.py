@@ -42,6 +42,10 @@ that sets its size, until its weight files take no more than the budget; methods
 on {searched:,} tokens of the calibration text kept aside. Figures are KL divergence from the source in nats per token
 (mean over domains, 95 % t interval over seeds); training-free: no method was followed by recovery.
 
+Equal means an equal budget: a method whose settings come in steps (whole bits, whole experts) may leave much of it
+unused, as the column MB says, while `fit` fills it. In the plot, the line between two of `fit`'s points is no plan; what
+`fit` would make of the bytes another method really took was not run here.
+
 ![bytes against loss](compression.png)
 """
 
@@ -129,7 +133,7 @@ def standing(rows: Sequence[Row]) -> str:
     """Which methods lose less than ``fit`` on average, in words."""
     ours = next(row.kl.mean for row in rows if row.method == FIT)
     below = [f"{row.method} ({row.kl.mean:.2g} against {ours:.2g})" for row in rows if row.kl.mean < ours]
-    return f"Below `fit`: {', '.join(below)}." if below else "No method is below `fit`."
+    return f"Below `fit`: {', '.join(below)}." if below else "No method within this budget is below `fit`."
 
 
 def processor() -> str:

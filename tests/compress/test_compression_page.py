@@ -54,7 +54,7 @@ def test_the_page_has_every_method_least_loss_first(script: ModuleType) -> None:
     assert rows[1][3].startswith("1.2 [")
     assert rows[1][4:] == ["0.6", "1.8 |"]
     assert "No setting is that small: rtn." in page
-    assert "No method is below `fit`." in page
+    assert "No method within this budget is below `fit`." in page
     assert "0 of its 2 plans store any factors" in page
     assert "`python benchmarks/compression.py`" in page
     assert "12 minutes for all points" in page
