@@ -72,7 +72,7 @@ def test_figures_over_seeds_are_intervals_at_every_leaf():
 
 GOOD = {
     hybrimoe: {"rule": {"hits": up(), "control": {"mean": 0, "low": -1, "high": 1}, "decode": up(), "prompts": up()}},
-    se_moe: {"rule": {"over decay 1.0": up(), "over lfu": up()}},
+    se_moe: {"rule": {"over no decay": up(), "over lfu": up()}},
     fate: {"rule": {"quotas": up(), "depth": up()}},
     expertflow: {"rule": {"recall over table": up(), "misses under prior": up(), "experts under random": up()}},
     hobbit: {
@@ -126,6 +126,14 @@ def test_shuffling_keeps_the_decoded_tokens():
     assert sorted(map(tuple, mixed.expert[:, 0].tolist())) == sorted(
         map(tuple, trace.expert[trace.decode][:, 0].tolist())
     )
+
+
+def test_the_decay_is_the_one_that_hits_most():
+    trace = _caching.decoded(trace_of(length=80), prompt=8)
+    best = se_moe.choose(trace)
+    assert best in se_moe.CHOICES
+    hits = [se_moe.replay(trace, one.policy(), 12, phase="decode").hits for one in (best, *se_moe.CHOICES)]
+    assert hits[0] == max(hits)
 
 
 def test_makespans_are_ordered():
