@@ -7,6 +7,7 @@ import signal
 import time
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -281,6 +282,9 @@ def mistakes(folder):
     found["other run"] = said(lambda: begin({"every": 5}, done=9, folder=folder))
     late = {"done": 10, "folder": folder} if rank else {"done": 9, "folder": earlier}
     found["step"] = said(lambda: begin(options, **late))
+    found["timeout"] = said(lambda: Link(timeout=0.0))
+    with patch.object(dist, "get_backend", return_value="nccl"):
+        found["nccl"] = said(Link)
     net = network()
     sync = synced(net, Link(), {"every": 4})
     sync(1)

@@ -107,6 +107,8 @@ def test_an_emulated_link_holds_back_what_came(found):
         ("other step", "is after 10: resume both or start both anew"),
         ("other run", "outer-00000010.safetensors holds a run with another schedule or other fragments"),
         ("step", "ParallelError: workers differ in steps done (9, 10, 10): start all from"),
+        ("timeout", "OptionError: timeout=0 is a number of seconds above 0"),
+        ("nccl", "OptionError: fragments travel from the CPU, while the GPU trains on, and NCCL cannot carry them"),
         ("skipped", "OptionError: the loop did 2 steps, this state is after 1: call it after every step"),
         ("not finite", "that are not finite at step 4: lower its learning rate"),
     ],

@@ -79,6 +79,11 @@ class Link:
             raise ParallelError(
                 "workers are not connected: call torch.distributed.init_process_group first, or start with torchrun"
             )
+        if dist.get_backend(group) == "nccl":
+            raise OptionError(
+                "fragments travel from the CPU, while the GPU trains on, and NCCL cannot carry them: give the link a "
+                "group of its own, torch.distributed.new_group(backend='gloo')"
+            )
         if timeout <= 0:
             raise OptionError(f"timeout={timeout:g} is a number of seconds above 0")
         self.group, self.timeout, self.slow = group, timeout, slow
