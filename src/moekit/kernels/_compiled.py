@@ -122,48 +122,22 @@ def by_rows(kind: str, sources: str = SOURCES):
         while task < job.tasks:
             e, first, end, left, right = _task(job, task)
             weight, stride, scales, mins, groups, shift, bias, planes = _expert(job, e)
-            turn = end - first >= (CODED_FROM if in_codes else TURNED_FROM)
-            buffer = np.empty(PANEL * job.width if turn else 1, np.float32)
-            scratch = np.empty(LANES * GRID_BYTES * groups, np.uint8)
-            x, codes, count = job.x + 4 * first * job.width, job.codes + first * code_size(job.width), end - first
+            turn, width, columns = end - first >= (CODED_FROM if in_codes else TURNED_FROM), job.width, job.columns
+            buffer = np.empty(PANEL * width if turn else 1, np.float32)
+            scratch, turned = np.empty(LANES * GRID_BYTES * groups, np.uint8), buffer.ctypes.data
+            x, codes, count = job.x + 4 * first * width, job.codes + first * code_size(width), end - first
             for column in range(left, right, PANEL):
                 for n in range(column, 2 * job.half if job.half else column + 1, job.half if job.half else 1):
-                    out, grid = job.out + 4 * (first * job.columns + n), n * groups
+                    out, grid, add = job.out + 4 * (first * columns + n), n * groups, bias + 4 * n
                     matrix = (weight + n * stride, stride, scales + grid, mins + grid, groups, shift, planes, n)
                     if turn and in_codes:
-                        turned = buffer.ctypes.data
-                        turn_codes(kind, matrix, job.width, turned)
-                        panel_codes(turned, codes, count, job.width, bias + 4 * n, out, job.columns)
+                        turn_codes(kind, matrix, width, turned)
+                        panel_codes(turned, codes, count, width, add, out, columns)
                     elif turn:
-                        turned = buffer.ctypes.data
-                        transpose(kind, matrix, scratch.ctypes.data, job.width, turned)
-                        panel(
-                            "float32",
-                            0,
-                            turned,
-                            4 * PANEL,
-                            4096,
-                            x,
-                            job.width,
-                            count,
-                            job.width,
-                            bias + 4 * n,
-                            out,
-                            job.columns,
-                        )
+                        transpose(kind, matrix, scratch.ctypes.data, width, turned)
+                        panel("float32", 0, turned, 4 * PANEL, 4096, x, width, count, width, add, out, columns)
                     else:
-                        dot(
-                            kind,
-                            matrix,
-                            scratch.ctypes.data,
-                            x,
-                            codes,
-                            count,
-                            job.width,
-                            bias + 4 * n,
-                            out,
-                            job.columns,
-                        )
+                        dot(kind, matrix, scratch.ctypes.data, x, codes, count, width, add, out, columns)
                 _activate(job, first, end, column)
             task = take(job.here)
 

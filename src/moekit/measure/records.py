@@ -33,7 +33,7 @@ def _record(path: Path, number: int, line: str, keys: Sequence[str]) -> tuple[st
         said = json.loads(line)
     except ValueError:
         said = None
-    texts = [said.get(key) for key in keys] if isinstance(said, dict) else [None]
-    if not all(isinstance(text, str) and text for text in texts):
+    texts = [text for key in keys if isinstance(said, dict) and isinstance(text := said.get(key), str) and text]
+    if len(texts) < len(keys):
         raise TextError(f"{path}, line {number}: expected JSON with the texts {', '.join(keys)}, found {line[:60]!r}")
     return tuple(texts)

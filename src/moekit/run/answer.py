@@ -97,7 +97,7 @@ class _Clock(BaseStreamer):
             return
         text = str(self.tokenizer.decode(self._ids, skip_special_tokens=True))
         # A character may take several tokens: until it is whole it is decoded as a replacement character.
-        end = len(text) if whole or not text.endswith("�") else len(text.rstrip("�"))
+        end = len(text) if whole or not text.endswith("\ufffd") else len(text.rstrip("\ufffd"))
         if end > self._said:
             self.say(text[self._said : end])
             self._said = end
@@ -186,7 +186,12 @@ def fitting(served: Paging) -> int:
 
 
 def belady(served: Paging, history: list[tuple[int, tuple[int, ...]]]) -> float | None:
-    """Hit rate of Belady's policy on recorded requests, in a cache of as many experts; None if a layer's do not fit."""
+    """Hit rate of Belady's policy on recorded requests, in a cache of as many experts.
+
+    None if a layer's do not fit, or where stand-ins made what was asked for depend on what was there.
+    """
+    if served.stand_ins is not None:
+        return None
     layers, width = len(served.store.layers), max(len(experts) for _, experts in history)
     steps = len(history) // layers
     if fitting(served) < width or steps * layers != len(history):
