@@ -43,8 +43,8 @@ on {searched:,} tokens of the calibration text kept aside. Figures are KL diverg
 (mean over domains, 95 % t interval over seeds); training-free: no method was followed by recovery.
 
 Equal means an equal budget: a method whose settings come in steps (whole bits, whole experts) may leave much of it
-unused, as the column MB says, while `fit` fills it. In the plot, the line between two of `fit`'s points is no plan; what
-`fit` would make of the bytes another method really took was not run here.
+unused, as the column MB says, while `fit` fills it. In the plot, the line between two of `fit`'s points is no plan;
+what `fit` would make of the bytes another method really took was not run here.
 
 ![bytes against loss](compression.png)
 """
