@@ -2,6 +2,14 @@
 
 Parts: `dispatch` (layouts and plans), `exchange` (rows between ranks), `engine` (carries out any plan), all of which
 are pure or collective and know no paper. A file named by a paper's key is a way of making plans, or of running one.
+
+A stock model, in a script started by ``torchrun --nproc-per-node 4``, every rank with batches of its own::
+
+    torch.distributed.init_process_group("gloo")
+    world = World.join()
+    attach(model, world, planner=LLEP(chunk=64))
+    model(**batch).loss.backward()
+    reduce_replicated(model, world)
 """
 
 from moekit.parallel._attach import attach, detach, reduce_replicated
