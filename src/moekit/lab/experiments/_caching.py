@@ -42,7 +42,8 @@ class Reader:
             "domains": list(domains),
             "sequence": LENGTH,
             "prompt": PROMPT,
-            "tokens": f"teacher-forced: {SEQUENCES} held-out texts per domain, read as prompt and then one by one",
+            "texts per domain": SEQUENCES,
+            "tokens": "teacher-forced: held-out texts, read as prompt and then one by one",
         }
 
     def rows(self, split: str, seed: int, sequences: int = SEQUENCES) -> dict[str, Sequence[torch.Tensor]]:

@@ -1,6 +1,6 @@
 """HOBBIT (n 128): does reading unimportant missing experts at low precision lose less than doing so at random?
 
-Setting: the embedded model reads held-out texts of four domains, three of 192 tokens each per seed, as if token by
+Setting: the embedded model reads held-out texts of four domains, one of 192 tokens each per seed, as if token by
 token. Each layer has four places for experts as they are (25 %) and two for copies in 4 bits (groups of 64), both LRU;
 an expert that is missing is read at the precision that the thresholds T1 0.6, T2 0.9 give it, or left out. Loss is the
 KL divergence from the resident model; bytes are those read. Contestants: everything read as it is (KL 0), T2 = 1 (low
@@ -42,7 +42,7 @@ from moekit.run.hobbit import HIGH, LOW, SKIP, TERMS, Hobbit
 from moekit.run.policy import CachePolicy, Key, policy
 from moekit.run.replay import replay
 
-PLACES, LOW_PLACES, BITS, GROUP, SHARE = 4, 2, 4, 64, 0.25
+TEXTS, PLACES, LOW_PLACES, BITS, GROUP, SHARE = 1, 4, 2, 4, 64, 0.25
 LOW_COST = (BITS + 16 / GROUP) / 16
 COST = {HIGH: 1.0, LOW: LOW_COST, SKIP: 0.0}
 Level = Callable[[np.ndarray], np.ndarray]
@@ -56,10 +56,14 @@ def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
     for done, seed in enumerate(seeds):
         advance(done, len(seeds))
         losses = contestants(reader, banks, seed)
-        caches = penalties(reader.trace("calibration", seed), reader.trace("test", seed))
+        caches = penalties(reader.trace("calibration", seed, TEXTS), reader.trace("test", seed, TEXTS))
         found.append({**losses, "penalty per token": caches})
     figures = summary(found)
-    return Outcome(shown=holds(figures), figures=figures, setting={**reader.setting, "bits": BITS, "places": PLACES})
+    return Outcome(
+        shown=holds(figures),
+        figures=figures,
+        setting={**reader.setting, "texts per domain": TEXTS, "bits": BITS, "places": PLACES},
+    )
 
 
 def holds(figures: Mapping[str, Any]) -> bool:
@@ -129,7 +133,7 @@ def both_precisions(bank: ExpertBank) -> PackedBank:
 
 def contestants(reader: Reader, banks: Mapping[str, ExpertBank], seed: int) -> dict[str, Any]:
     """KL and bytes read per token (in experts, all layers) by contestant, and what the levels were."""
-    rows = [row for own in reader.rows("test", seed).values() for row in own]
+    rows = [row for own in reader.rows("test", seed, TEXTS).values() for row in own]
     plain = log_probabilities(reader, rows)
     every: dict[str, Callable[[int], Level]] = {
         "whole": lambda layer: Hobbit(high=1.0, low=1.0).precision,
