@@ -24,6 +24,7 @@ from moekit.errors import BudgetError, OptionError, UnsupportedModelError
 from moekit.kernels import BankExperts, warm_up
 from moekit.run._predictors_gate import NextGate
 from moekit.run._room import working_bytes
+from moekit.run._stand_in import Read, StandIns, TwoPools, open_stand_ins
 from moekit.run._tiers import Paged, largest, paged, paged_parameters, used
 from moekit.run.defaults import Choice, remembered
 from moekit.run.policy import CachePolicy
@@ -45,6 +46,7 @@ class Paging:
     ``horizon``: layers ahead that ``predictor`` looks, ``width``: experts fetched ahead for each, at most. ``context``:
     tokens per sequence that the budget reckons with. ``history``: the distinct experts of every batch, layer by layer,
     as (layer, experts); None where it is not kept. ``tokens``: computed so far. ``routing``: of this forward call.
+    ``stand_ins``: copies at fewer bits that are used for some missing experts; logits are then no longer exact.
     """
 
     store: ExpertStore
@@ -56,6 +58,7 @@ class Paging:
     history: list[tuple[int, tuple[int, ...]]] | None = None
     tokens: int = 0
     routing: dict[int, Any] = field(default_factory=dict)
+    stand_ins: StandIns | None = None
 
     @property
     def expert_bytes(self) -> int:
@@ -92,7 +95,10 @@ class _Served:
     def forward(self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         if torch.is_grad_enabled() and (x_TH.requires_grad or weight_TK.requires_grad):
             raise OptionError("paged experts have no backward: call the model under torch.no_grad()")
-        paging, store = self.paging, self.paging.store
+        paging, store, stand_ins = self.paging, self.paging.store, self.paging.stand_ins
+        low_TK: Tensor | None = None
+        if stand_ins is not None:
+            index_TK, low_TK = stand_ins.split(store, self.layer, index_TK, weight_TK)
         experts = used(index_TK, store.layers[self.layer].num_experts)
         if paging.history is not None:
             paging.history.append((self.layer, tuple(experts)))
@@ -101,9 +107,12 @@ class _Served:
         self._read = self._scores = None
         try:
             with torch.no_grad():
-                return self.run(x_TH, index_TK, weight_TK, self)
+                y_TH = self.run(x_TH, index_TK, weight_TK, self)
         finally:
             store.end()
+        if stand_ins is None or low_TK is None:
+            return y_TH
+        return y_TH + stand_ins.run(store, self.layer, x_TH, low_TK, weight_TK)
 
     def _look_ahead(self, x_TH: Tensor, index_TK: Tensor, experts: list[int]) -> None:
         paging = self.paging
@@ -128,6 +137,8 @@ def load(
     context: int = DEFAULT_CONTEXT,
     dtype: torch.dtype | None = None,
     threads: int = THREADS,
+    stand_in: str | os.PathLike[str] | Checkpoint | None = None,
+    read: Read | None = None,
 ) -> PreTrainedModel:
     """The model at ``ref`` with as many experts in memory as fit under the cap, the others read when they are used.
 
@@ -141,6 +152,9 @@ def load(
         context: tokens, prompt and answer together, of all sequences of a batch, that memory is set aside for.
         dtype: of the weights in memory; the checkpoint's own if None.
         threads: how many experts are read at the same time.
+        stand_in: the same model's experts packed by moekit in fewer bits, used for missing experts where ``read`` says
+            so: (experts [T, K], weights [T, K]) -> 2 as it is, 1 packed, 0 left out, by expert. Logits are then not
+            exact; nothing is read ahead, so that they follow from the tokens alone.
 
     Raises:
         BudgetError: the cap is too small for the rest of the model and one expert; names the smallest that works.
@@ -150,10 +164,12 @@ def load(
     checkpoint = ref if isinstance(ref, Checkpoint) else Checkpoint.open(ref)
     if context < 1 or threads < 1 or (ahead or 0) < 0:
         raise OptionError("context and threads must be at least 1, and ahead at least 0")
+    if (stand_in is None) != (read is None) or (stand_in is not None and ahead):
+        raise OptionError("stand-ins need a checkpoint (stand_in) and a rule (read), and nothing read ahead (ahead=0)")
     limit = cap(memory)
     usual = remembered(checkpoint) if policy is None else Choice("lru")
     chosen = policy if isinstance(policy, CachePolicy) else named(policy or usual.policy)
-    width = usual.ahead if ahead is None else ahead
+    width = (usual.ahead if stand_in is None else 0) if ahead is None else ahead
 
     warm_up(dtype or checkpoint.scheme.dtype)
 
@@ -163,8 +179,13 @@ def load(
     model = LoadedModel.load(checkpoint, dtype=dtype, absent=_expert_keys, beside=beside, max_ram=limit).model
     found, reader = blocks(model), Reader(checkpoint.path, checkpoint.tensors, direct=True)
     layers = [paged(checkpoint, reader, _layer(checkpoint, block), block) for block in found]
+    stand_ins: StandIns | None = None
+    if stand_in is not None and read is not None:
+        stand_ins = StandIns(open_stand_ins(stand_in, checkpoint, found, model.dtype), read)
+        layers, chosen = [*layers, *stand_ins.tiers], TwoPools(chosen, len(found))
     smallest, working = max(max(layer.charge) for layer in layers), working_bytes(model, checkpoint, context)
-    paging = Paging(ExpertStore(layers, smallest, chosen, threads), found, width=width, context=context)
+    store = ExpertStore(layers, smallest, chosen, threads)
+    paging = Paging(store, found, width=width, context=context, stand_ins=stand_ins)
     paging.predictor = NextGate([block.choose for block in found]) if width else None
     _install(model, paging)
     limit.require(working, "a context")
