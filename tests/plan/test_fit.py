@@ -269,7 +269,7 @@ def test_of_plans_that_measure_alike_the_calibrated_one_is_taken(worse, preferre
     def finish(plan: Plan) -> Plan:
         return replace(plan, layers={name: replace(layer, why="again") for name, layer in plan.layers.items()})
 
-    found = fit(source, seen, ratio=0.5, evaluate=evaluate, finish=finish)
+    found = fit(source, seen, ratio=0.5, evaluate=evaluate, finish={"rounded with calibration": finish})
     assert found.candidates[0].calibrated == preferred
     assert found.candidates[0].name.endswith("rounded with calibration") == preferred
     assert any(one.calibrated for one in found.candidates)

@@ -111,7 +111,7 @@ def search(
 
     Plans are compared by running them where the model is at hand; else the prediction decides.
     """
-    from moekit.compress import calibratable, calibrated
+    from moekit.compress import finishes
     from moekit.plan import fit as solve
     from moekit.plan import live_loss, split_held_out
 
@@ -121,8 +121,8 @@ def search(
         tell("running the source", 0, 1)
         evaluate = None if remote else live_loss(checkpoint, choose, progress=tell.inside, **asdict(machine))
         # Calibrated points lie in moekit's own format only.
-        own = format in ("auto", "moekit") and not remote and calibratable(profile)
-        finish = partial(calibrated, source=checkpoint, profile=profile) if own else None
+        own = format in ("auto", "moekit") and not remote
+        finish = finishes(checkpoint, profile) if own else None
         result = solve(
             checkpoint,
             profile,

@@ -2,7 +2,7 @@
 
 from moekit.compress._arena import Arena
 from moekit.compress._compare import Comparison, compare
-from moekit.compress._finish import calibratable, calibrated
+from moekit.compress._finish import calibratable, calibrated, finishes
 from moekit.compress._fitness import read_examples, task_error
 from moekit.compress._options import method, methods, sequence
 from moekit.compress._own_texts import OwnTexts
@@ -17,6 +17,7 @@ __all__ = [
     "calibrated",
     "chain",
     "compare",
+    "finishes",
     "method",
     "methods",
     "read_examples",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from moekit.compress._finish import calibratable, calibrated
+from moekit.compress._finish import finishes
 from moekit.compress._within import chain, within
 from moekit.plan import LiveLoss, Plan, fit, make_plan
 from moekit.plan.sizes import plan_nbytes, source_nbytes
@@ -75,7 +75,7 @@ class Arena:
         """
         if spec == FIT:
             seen = self.seen(seed)
-            finish = partial(calibrated, source=self.source, profile=seen) if calibratable(seen) else None
+            finish = finishes(self.source, seen)
             found = fit(self.source, seen, size=nbytes, evaluate=partial(self._choice, seed=seed), finish=finish)
             self._chooser(seed).restore()
             return found.candidates[0].name, found.plan

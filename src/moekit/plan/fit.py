@@ -76,7 +76,7 @@ def fit(
     low_rank: bool = True,
     weights: bool = True,
     rivals: Mapping[str, Plan] | None = None,
-    finish: Callable[[Plan], Plan] | None = None,
+    finish: Mapping[str, Callable[[Plan], Plan]] | None = None,
     format: str = "auto",
     effort: Effort | None = None,
     progress: Progress | None = None,
@@ -91,8 +91,8 @@ def fit(
         low_rank: whether experts may be stored as factors too, where the format can hold them.
         weights: False reads headers only, and takes the rounding error of normally distributed weights, and no factors.
         rivals: plans of other methods to compare with, by name; those over the budget are left out.
-        finish: another way to round what the best plans round, as large to the byte (with calibration, say); tried
-            where plans can be measured.
+        finish: other ways to round what the best plans round, as large to the byte (with calibration, say), by what
+            they are called; tried where plans can be measured.
         format: the output format; one that cannot say everything ("stock", "compressed-tensors") leaves one number of
             experts for all layers, at one precision.
         effort: how much to measure; None for ``FULL``, or ``LIGHT`` above ``LARGE`` expert weights, or ``STREAMED``.

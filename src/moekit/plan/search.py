@@ -81,7 +81,7 @@ class Search:
         self.room = budget.nbytes - self.rest
 
     def run(
-        self, rivals: Mapping[str, Plan], finish: Callable[[Plan], Plan] | None = None
+        self, rivals: Mapping[str, Plan], finish: Mapping[str, Callable[[Plan], Plan]] | None = None
     ) -> tuple[Candidate, list[Candidate], tuple[tuple[int, float], ...]]:
         quantised = bool(self.source.scheme.config)
         uniform = widths(self.source, self.costs, self.format) if self.format in ONLY else None
@@ -100,7 +100,7 @@ class Search:
             self._too_small(uniform)
         if self.evaluate is not None and uniform is None:
             ranked = self._refined(ranked, weights, rankings, self.effort.rounds if solvable else 0)
-        if self.evaluate is not None and finish is not None:
+        if self.evaluate is not None and finish:
             ranked = self._finished(ranked, finish)
         if uniform is not None:
             return ranked[0], ranked, curve(self.costs, weights, rankings[0], uniform)
@@ -156,14 +156,20 @@ class Search:
         dropping = next(drops, ranked[0])
         return self._measured([*ranked, *rows_kept(dropping, self.costs, self.source.bank)])
 
-    def _finished(self, ranked: list[Candidate], finish: Callable[[Plan], Plan]) -> list[Candidate]:
-        """The best plans that round, rounded in another way too; among plans that measure alike these come first."""
-        rounding = [one for one in ranked if any(e.bits != 16 for p in one.plan.layers.values() for e in p.experts)]
-        again = []
-        for one in rounding[:FINISHED]:
-            name = f"{one.name}, rounded with calibration"
-            again.append(replace(one, name=name, plan=finish(one.plan), measured=None, calibrated=True))
-        ranked = self._measured([*ranked, *again])
+    def _finished(self, ranked: list[Candidate], finish: Mapping[str, Callable[[Plan], Plan]]) -> list[Candidate]:
+        """The best plans that round, rounded in other ways too; among plans that measure alike these come first.
+
+        The first way is tried on several plans, the others on the one that came out best.
+        """
+        bases = [one for one in ranked if any(e.bits != 16 for p in one.plan.layers.values() for e in p.experts)]
+        bases = bases[:FINISHED]
+        for how, way in finish.items():
+            made = {
+                f"{one.name}, {how}": replace(one, plan=way(one.plan), measured=None, calibrated=True) for one in bases
+            }
+            ranked = self._measured([*ranked, *(replace(one, name=name) for name, one in made.items())])
+            names = [one.name for one in ranked if one.name in made]
+            bases = [one for one in bases if names and f"{one.name}, {how}" == names[0]]
         least = ranked[0].loss + TIE
         return sorted(ranked, key=lambda one: not (one.calibrated and one.measured is not None and one.loss <= least))
 
