@@ -6,7 +6,7 @@ without tokens, unused slots, uniform; float32 against one process. Bytes are co
 48 tokens a rank, top-1. Switching: 8 steps of plain gradient descent, another degree at each, against degree 1
 throughout, in float64. Crossover: the number of tokens from which gathering weights (degree 1) sends fewer bytes than
 repeating tokens (degree s), found by counting at rising numbers, against the formula. Time on 2 ranks: one expert of
-width 2048 at hidden size 512 in two slices, 64 and 4096 tokens a rank, degrees 0, 1 and 2 with 1, 2 and 4 chunks.
+width 1024 at hidden size 256 in two slices, 64 and 1024 tokens a rank, degrees 0, 1 and 2 with 1, 2 and 4 chunks.
 
 Rule, written before the first run. `shown` if and only if all of these hold:
 
@@ -37,7 +37,7 @@ from moekit.lab.experiments._spread import PATIENCE, Clock, bank, batch, cpu_sha
 from moekit.parallel import Engine, Layout, LocalRanks, flat, shard, two_level, unshard
 from moekit.parallel.tutel import Adaptive, Degree, degrees, stored_layout
 
-EXPERTS, CHUNKS, TOLERANCE, REPEATS, STEPS = (1, 2, 4), (1, 2, 4), 1e-6, 5, 8
+EXPERTS, CHUNKS, TOLERANCE, REPEATS, STEPS = (1, 2, 4), (1, 2, 4), 1e-6, 3, 8
 HIDDEN, WIDTH, TOKENS = 32, 64, 48
 
 
@@ -196,9 +196,9 @@ def timed(seed: int) -> dict[str, Any]:
     """On a rank of two: wall and processor seconds of a forward, and the candidate that the adaptive choice keeps."""
     here, layout = world(), stored_layout(1, 2)
     result: dict[str, Any] = {"cpu_share": cpu_share()}
-    for tokens in (64, 4096):
+    for tokens in (64, 1024):
         torch.manual_seed(seed)
-        whole, x, routing = plain(1, tokens, 512, 2048)
+        whole, x, routing = plain(1, tokens, 256, 1024)
         share = shard(whole, layout, here.rank)
         engines = {
             f"degree {degree}, {chunks} chunks": Engine(here, layout, Degree(degree), chunks=chunks)
