@@ -120,3 +120,24 @@ def test_the_experiment_runs_small(monkeypatch):
     assert sent["once per node"]["mean"] < sent["flat"]["mean"]
     assert found.figures["drift"]["oracle with free moves saves"]["mean"] >= 0
     assert CostModel.of_dict(found.setting["cost model"]) == LINKED
+
+
+def test_tables_of_the_scale_page():
+    from moekit.parallel import _placement_scale
+
+    page = (
+        "a\n<!-- begin measured -->\nold\n<!-- end measured -->\nb\n<!-- begin modelled -->\n<!-- end modelled -->\nc\n"
+    )
+    cost = CostModel(
+        Law({"call": 1e-6, "flops": 1e-10, "nbytes": 0.0}, 0.25, 0.5, 7),
+        Law({"call": 1e-4, "nbytes": 1e-9}, 0.1, 0.2, 5),
+        {INTRA: Law({"call": 1e-5, "nbytes": 1e-9}, 0.1, 0.2, 6)},
+    )
+    done = _placement_scale.filled(page, cost, "2026-11-22", "any machine")
+    assert "old" not in done
+    assert [part in done for part in ("a\n", "\nb\n", "\nc\n")] == [True] * 3
+    assert "| product of one thread | 1 us | 10 GFLOP/s, GB/s not limiting | 25% (50%) | 7 |" in done
+    assert "| 256 | 32 | 1 |" in done
+    assert _placement_scale.filled(done, cost, "2026-11-22", "any machine") == done
+    shares = [line.split("|")[-2] for line in _placement_scale.modelled(_placement_scale.ASSUMED)[4:]]
+    assert [float(share) for share in shares] == sorted(map(float, shares))

@@ -33,7 +33,7 @@ class MoETuner(Placer):
     """``slow``: how many times slower a link between nodes is; ``branches``: HiGHS's limit per layer."""
 
     slow: float = 8.0
-    branches: int = 100
+    branches: int = 20
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -1,13 +1,15 @@
 """What experiments on placement share: traces of the embedded model by seed, and what a placement costs on them.
 
 A seed draws three texts: one to place by (calibration split), one to judge on (test split, the same domains), and one
-of other domains (test split). The control is the same model with its router weights drawn anew (normal, each layer's
-own standard deviation): its routing has no structure that text put there.
+of other domains (test split). Two controls: the same model with its router weights drawn anew (normal, each layer's own
+standard deviation), which routes by what tokens are but was never trained to; and the trace with the tokens of every
+layer shuffled, which keeps loads and cuts all that ties a token's layers together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -68,6 +70,14 @@ class Traces:
                     weight.copy_(torch.randn(weight.shape, generator=draw) * weight.std())
 
 
+def shuffled(trace: RoutingTrace, seed: int) -> RoutingTrace:
+    """Every layer's tokens in an order of its own."""
+    rng = np.random.default_rng(seed)
+    order = np.stack([rng.permutation(len(trace)) for _ in range(trace.num_layers)], 1)[:, :, None]
+    expert, weight = (np.take_along_axis(array, order, 0) for array in (trace.expert, trace.weight))
+    return replace(trace, expert=expert, weight=weight)
+
+
 def baselines(flow: Flow, grid: Grid, seed: int) -> dict[str, list[Placement]]:
     """Contiguous, balanced, and several random placements."""
     one = {kind: [Baseline(kind=kind).place(flow, grid).placement] for kind in ("contiguous", "balanced")}
@@ -102,6 +112,21 @@ def over_seeds(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         else vars(Interval.over_seeds([run[name] for run in runs]))
         for name in first
     }
+
+
+def means(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The same nested figures with every number a mean over the runs, to four digits: what decides nothing."""
+    return {
+        name: means([run[name] for run in runs])
+        if isinstance(runs[0][name], Mapping)
+        else float(f"{np.mean([run[name] for run in runs]):.4g}")
+        for name in runs[0]
+    }
+
+
+def only(by_placer: Mapping[str, Mapping[str, Any]], *figures: str) -> dict[str, dict[str, Any]]:
+    """Some of each placer's figures."""
+    return {name: {figure: found[figure] for figure in figures} for name, found in by_placer.items()}
 
 
 def less(runs: Sequence[Mapping[str, Mapping[str, float]]], ours: str, figure: str) -> dict[str, Any]:
