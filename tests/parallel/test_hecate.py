@@ -51,6 +51,8 @@ def test_tokens_go_to_the_nearest_replica():
     ]
     shared = nearest([[0] * 4, [0] * 4, [0] * 4, [0, 0, 6, 0]], Layout(4, (0, 0, 0, 0)), GRID, ((2, 1),))
     assert shared.rows() == [3, 3, 0, 0]
+    own = nearest([[0] * 4, [0, 0, 6, 0], [0] * 4, [0] * 4], Layout(4, (0, 0, 0, 0)), GRID, ((2, 1),))
+    assert own.rows() == [0, 6, 0, 0]
 
 
 @settings(max_examples=100, deadline=None)

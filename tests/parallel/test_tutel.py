@@ -38,6 +38,11 @@ def test_every_degree_is_a_legal_plan(sizes, data):
             assert len(plan.moves) == (world - 1) * len(layout.owner)
 
 
+def test_groups_gather_whether_they_have_tokens_or_not():
+    layout = stored_layout(1, 4)
+    assert [len(Degree(r)([[0]] * 4, layout).moves) for r in (0, 1, 2, 4)] == [12, 12, 4, 0]
+
+
 @pytest.mark.parametrize(("experts", "chunks"), [(1, 2), (2, 1)])
 def test_every_degree_chunk_and_exchange_equals_one_process(four_ranks, experts, chunks):
     for found in four_ranks.ask(experiment.against_one_process, experts, (chunks,)):
