@@ -1,6 +1,6 @@
 """ExpertFlow (n 72): does a network on the tokens know the experts, and do its forecasts save reads and experts?
 
-Setting: the embedded model. Predictors learn from 24 calibration texts of 192 tokens per domain and seed (the network:
+Setting: the embedded model. Predictors learn from 12 calibration texts of 192 tokens per domain and seed (the network:
 600 steps of 16 windows) and are judged on held-out texts, three per domain, decoding. Recall@4 is the share of a
 token's four experts among the first four predicted before the token's first layer. Caches hold 25 % of all experts;
 forecasts of four experts per layer are read ahead, at most four per layer's time, and kept; experts that arrive that
@@ -32,7 +32,7 @@ from moekit.run.policy import policy
 from moekit.run.predict import Predictor, Signal
 from moekit.run.replay import Counters, bound, replay
 
-TEXTS, STEPS, SHARE, DEPTH, EVERY = 24, 600, 0.25, 4, 16
+TEXTS, STEPS, SHARE, DEPTH, EVERY = 12, 600, 0.25, 4, 16
 
 
 def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
