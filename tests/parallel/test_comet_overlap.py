@@ -49,7 +49,8 @@ def test_cuts_that_cannot_be(options):
 
 
 def test_rule_of_the_experiment():
-    good = {"gap": {"2": 1e-15}, "pipeline_minus_comet": {"low": 0.1}}
+    good = {"gap": {"2": 1e-15}, "pipeline_minus_comet": {"low": 0.1}, "pipeline_minus_comet_total": {"low": 0.1}}
     assert experiment.holds(good)
     assert not experiment.holds({**good, "pipeline_minus_comet": {"low": -0.1}})
+    assert not experiment.holds({**good, "pipeline_minus_comet_total": {"low": -0.1}})
     assert not experiment.holds({**good, "gap": {"2": 1e-9}})

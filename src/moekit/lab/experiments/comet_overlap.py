@@ -8,13 +8,15 @@ Exposed communication is modelled: what every rank did is noted with its own pro
 whose speed makes communication 47 % of the order without overlap, the paper's worst case; medians over 7 repeats after
 one to warm up, one figure a seed.
 
-Rule, written before the first run. `shown` if and only if both hold:
+Rule; 1 and 2 were written before the first run. `shown` if and only if all of these hold:
 
 1. Outputs differ from the engine's by no more than 1e-12 of the largest, in float64: no sum is taken apart.
 2. The 95 % t interval over seeds of the pipeline's exposed communication minus COMET's lies above zero.
 
-The bound on the total is max(computing, communication). Wall seconds, the total, and what finer cuts do to the time of
-the products alone are reported and decide nothing: what is less waited for may be paid for in slower products.
+3. So does that of the pipeline's total minus COMET's. Added after the first run, in which 1 and 2 held while what was
+   less waited for was paid for in slower products: the rule became stricter, nothing else changed.
+
+The bound on the total is max(computing, communication). Wall seconds are reported and decide nothing.
 """
 
 from __future__ import annotations
@@ -69,7 +71,8 @@ def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
 
 def holds(figures: Mapping[str, Any]) -> bool:
     """The rule of the module's docstring."""
-    return bool(max(figures["gap"].values()) <= TOLERANCE and figures["pipeline_minus_comet"]["low"] > 0)
+    saved = (figures["pipeline_minus_comet"]["low"], figures["pipeline_minus_comet_total"]["low"])
+    return bool(max(figures["gap"].values()) <= TOLERANCE and min(saved) > 0)
 
 
 def against_the_engine() -> dict[str, float]:
