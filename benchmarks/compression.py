@@ -26,6 +26,7 @@ from moekit.compress import Comparison, compare, methods
 from moekit.compress._arena import FIT, SEARCHED
 from moekit.compress._compare import Entry, Row
 from moekit.lab.experiments._trial import Trial
+from moekit.measure import Interval
 
 HERE = Path(__file__).parent
 POINTS = HERE / "compression.json"
@@ -43,8 +44,8 @@ on {searched:,} tokens of the calibration text kept aside. Figures are KL diverg
 (mean over domains, 95 % t interval over seeds); training-free: no method was followed by recovery.
 
 Equal means an equal budget: a method whose settings come in steps (whole bits, whole experts) may leave much of it
-unused, as the column MB says, while `fit` fills it. In the plot, the line between two of `fit`'s points is no plan;
-what `fit` would make of the bytes another method really took was not run here.
+unused, as the column MB says, while `fit` fills it. In the plot, the line between two of `fit`'s points is no plan; the
+last table has what `fit` makes of the bytes that the best other method really took.
 
 ![bytes against loss](compression.png)
 """
@@ -68,9 +69,10 @@ def main() -> None:
     found = compare(
         trial, wanted, ratios, seeds, model="moekit:mini", known=points.entries, keep=points.keep, progress=tell
     )
+    beside = at_their_bytes(trial, found, points)
     _pareto.png(found, DOCS / "compression.png")
     minutes = sum(entry.seconds for entry in points.entries if entry.seed in seeds and entry.ratio in ratios) / 60
-    (DOCS / "compression.md").write_text(document(found, minutes, " ".join(["python", *sys.argv])))
+    (DOCS / "compression.md").write_text(document(found, minutes, " ".join(["python", *sys.argv]), beside))
 
 
 class Points:
@@ -90,8 +92,32 @@ class Points:
         partial.replace(POINTS)
 
 
-def document(found: Comparison, minutes: float, command: str) -> str:
-    """The page: a table per ratio, the least loss first."""
+def at_their_bytes(trial: Trial, found: Comparison, points: Points) -> list[str]:
+    """Lines on ``fit`` given exactly the bytes that the best other method of each ratio took; points are kept."""
+    lines = []
+    for ratio in found.ratios:
+        rivals = [row for row in found.rows() if row.ratio == ratio and row.method != FIT]
+        if not rivals:
+            continue
+        name = f"{FIT} at the bytes of {rivals[0].method}"
+        for seed in found.seeds:
+            if any(entry.key == (name, ratio, seed) and entry.nbytes <= rivals[0].nbytes for entry in points.entries):
+                continue
+            fitted = trial.within(FIT, seed, rivals[0].nbytes)
+            assert fitted is not None
+            setting, plan = fitted
+            points.keep(Entry(name, setting, ratio, seed, trial.nbytes(plan), trial.losses(plan, seed)))
+        mine = [entry.kl for entry in points.entries if entry.method == name and entry.ratio == ratio]
+        ours, theirs = Interval.over_seeds(mine), rivals[0].kl
+        lines.append(
+            f"| {rivals[0].nbytes / 1e6:.2f} | `{rivals[0].setting}` {theirs.mean:.2g} [{theirs.low:.2g}, "
+            f"{theirs.high:.2g}] | {ours.mean:.2g} [{ours.low:.2g}, {ours.high:.2g}] |"
+        )
+    return lines
+
+
+def document(found: Comparison, minutes: float, command: str, beside: Sequence[str]) -> str:
+    """The page: a table per ratio, the least loss first; then ``fit`` at the bytes of the best others."""
     parts = [
         _HEAD.format(
             command=command,
@@ -126,6 +152,9 @@ def document(found: Comparison, minutes: float, command: str) -> str:
     factors = sum("low rank" in str(entry.setting) for entry in fitted)
     if fitted:
         parts.append(f"\n`fit` weighed low rank each time; {factors} of its {len(fitted)} plans store any factors.")
+    if beside:
+        parts.append("\n## `fit` at exactly the bytes of the best other method\n")
+        parts += ["| MB | the other: KL | `fit`: KL |", "| --- | --- | --- |", *beside]
     return "\n".join(parts) + "\n"
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moekit.checkpoint import Checkpoint
     from moekit.plan import FitResult, Plan, Receipt
     from moekit.profile import Profile
+    from moekit.run.weigh import Weighed
 
 
 @grouped
@@ -33,6 +34,14 @@ def fit(
     context: Annotated[
         int | None,
         typer.Option("--context", metavar="N", help="Tokens of cache that --memory counts.  [default: 4096]"),
+    ] = None,
+    speed: Annotated[
+        float | None,
+        typer.Option(
+            "--speed",
+            metavar="X",
+            help="With --memory: weights may be larger than that as long as paging them allows X tokens/s.",
+        ),
     ] = None,
     ratio: Annotated[float | None, typer.Option("--ratio", metavar="R", help="Share of the bytes to remove.")] = None,
     output: Annotated[
@@ -54,6 +63,7 @@ def fit(
     Examples:
       moekit fit moekit:mini --ratio 0.5 --text notes.txt --output out/half
       moekit fit ./model --memory 8GB --context 8192 --profile m.profile --output out/fits --max-ram 4GB
+      moekit fit ./model --memory 8GB --speed 5 --text notes.txt --output out/paged
       moekit fit owner/model --size 6GB --profile m.profile --dry-run
     """
     if output is None and not dry_run:
@@ -70,6 +80,11 @@ def fit(
 
     profile = observed(checkpoint, model, seen, machine, {"hidden"}, partial(fitting_bytes, checkpoint))
     budget = {"size": size, "memory": memory, "context": context, "ratio": ratio}
+    if speed is not None:
+        weighed = paged(checkpoint, profile, memory, context, speed)
+        budget = {"size": weighed.nbytes}
+        if not as_json:
+            _show.say(str(weighed))
     from moekit.plan import values
 
     with values.spooling(beside(output)) if output else nullcontext() as spool:
@@ -87,6 +102,21 @@ def fit(
     if spool is not None:
         spool.tidy()
     _report(result, receipt, output, as_json)
+
+
+def paged(
+    checkpoint: "Checkpoint", profile: "Profile", memory: str | None, context: int | None, speed: float
+) -> "Weighed":
+    """How large the weights may be if experts are paged from disk at this speed or a higher one."""
+    if memory is None:
+        raise OptionError("--speed says how fast paging must be: give --memory with it")
+    if checkpoint.is_remote:
+        raise OptionError("--speed measures the disk that the model lies on: download the model first")
+    from moekit.plan.budget import budget_of
+    from moekit.run.weigh import read_rate, weigh
+
+    room = budget_of(checkpoint, memory=memory, context=context).nbytes
+    return weigh(checkpoint, profile, room, speed, read_rate(checkpoint))
 
 
 def prove(output: Path, checkpoint: "Checkpoint", machine: Machine, plan: "Plan | None" = None) -> int:
