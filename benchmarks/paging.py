@@ -1,6 +1,6 @@
 """Decoding with a fraction of the experts in memory: moekit's paging against transformers + accelerate disk offload.
 
-    python benchmarks/paging.py --work DIR [--layers N] [--caps 1,0.5,0.25,0.125] [--tokens 16] [--sides moekit,accelerate]
+    python benchmarks/paging.py --work DIR [--layers N] [--caps 1,0.5,0.25,0.125] [--tokens 16] [--sides A,B]
 
 Both sides run the same tokens through the same checkpoint, each run in a process of its own under the same limit. Where
 control groups can be made the limit is one of those, page cache included; elsewhere it is the resident set, and the
