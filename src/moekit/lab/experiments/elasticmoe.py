@@ -57,7 +57,8 @@ def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
         service.close()
         torch.set_num_threads(threads)
     figures = over_seeds(found)
-    setting = {**reader.setting, "devices": "processes: 2, 3, 4, 3, 2", "clients": CLIENTS, "prompt": LENGTH}
+    model = {name: reader.setting[name] for name in ("model", "fingerprint", "domains")}
+    setting = {**model, "devices": "processes: 2, 3, 4, 3, 2", "clients": CLIENTS, "prompt": LENGTH}
     return Outcome(shown=holds(found, figures), figures=figures, setting=setting)
 
 

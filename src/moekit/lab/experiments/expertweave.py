@@ -59,7 +59,8 @@ def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
     finally:
         torch.set_num_threads(threads)
     figures = over_seeds(found)
-    setting = {**reader.setting, "adapters": ADAPTERS, "sequence": LENGTH, "tokens": "held-out, 21 sequences a batch"}
+    model = {name: reader.setting[name] for name in ("model", "fingerprint", "domains")}
+    setting = {**model, "adapters": ADAPTERS, "sequence": LENGTH, "tokens": "held-out, 21 sequences a batch"}
     return Outcome(shown=holds(found, figures), figures=figures, setting=setting)
 
 
