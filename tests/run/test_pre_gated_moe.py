@@ -178,3 +178,17 @@ def test_what_cannot_have_pre_gates_says_so(model):
     blocks(model)[1].router_module.more = torch.nn.Linear(3, 8)
     with pytest.raises(UnsupportedModelError, match="is not one matrix of a module: it has no pre-gate"):
         pre_gates(model)
+
+
+def test_the_rule_of_the_experiment_can_fail_in_each_of_its_parts():
+    from moekit.lab.experiments.pre_gated_moe import MARGIN, holds, modelled
+
+    good = {"untuned - pre-gates": {"low": 0.1}, "pre-gates - normal": {"high": MARGIN / 2}, "missed": 0.0}
+    assert holds({"rule": good})
+    for worse in (
+        {"untuned - pre-gates": {"low": -0.1}},
+        {"pre-gates - normal": {"high": MARGIN}},
+        {"missed": 1.0},
+    ):
+        assert not holds({"rule": good | worse})
+    assert all(1 <= one["chosen"] <= min(one["on demand"], one["all"]) for one in modelled().values())

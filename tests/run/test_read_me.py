@@ -182,3 +182,19 @@ def test_the_known_queue_is_prefetched_exactly_and_batches_by_expert_need_fewer(
     assert all(least <= replay(future, policy(name), 9).misses for name in ("lru", "lfu", "arc"))
     ahead = served(future, 12, width=6)
     assert (ahead.misses, ahead.useless_prefetch_bytes) == (0, 0)
+
+
+def test_the_rule_of_the_experiment_can_fail_in_each_of_its_parts():
+    from moekit.lab.experiments.read_me import holds, summary
+
+    def seed(pruned, random, order):
+        bits = {"pruned": pruned, "random": random, "read-me": 2.0}
+        return {"bits per byte": bits, "experts per batch": {"in order": order, "by expert": 1.0}}
+
+    def found(*one):
+        return holds(summary([seed(*one), seed(*(value + 0.01 for value in one)), seed(*one)]))
+
+    assert found(2.5, 2.5, 3.0)
+    assert not found(1.9, 2.5, 3.0)
+    assert not found(2.5, 1.9, 3.0)
+    assert not found(2.5, 2.5, 0.9)

@@ -93,6 +93,14 @@ def test_all_low_is_the_packed_model_until_experts_are_resident(opened, source, 
     assert torch.equal(logits(model), logits(resident(source)))
 
 
+def test_a_packed_model_may_have_copies_of_the_same_origin(opened, source, low, tmp_path):
+    eight = packed(source, tmp_path / "eight", "rtn:bits=8")
+    model = opened(eight, low, always(LOW))
+    torch.testing.assert_close(logits(model), logits(resident(low)), rtol=1e-4, atol=1e-5)
+    paging(model).stand_ins.exact = True
+    assert torch.equal(logits(model), logits(resident(eight)))
+
+
 def test_what_is_skipped_adds_nothing(opened, source, low):
     model = opened(source, low, always(SKIP))
     plain = resident(source)
@@ -158,13 +166,16 @@ def test_only_copies_of_this_model_stand_in(source, low, tmp_path):
         load(source, stand_in=biased, read=always(LOW))
     with pytest.raises(OptionError, match=r"has no plan.json that says what it was made of"):
         load(source, stand_in=source, read=always(LOW))
+    dropped = packed(source, tmp_path / "dropped", "random:keep=0.5", "rtn:bits=4")
+    with pytest.raises(OptionError, match=r"does not hold all \d+ experts of .* packed, each in its place"):
+        load(source, stand_in=dropped, read=always(LOW))
     for options in ({"stand_in": low}, {"read": always(LOW)}, {"stand_in": low, "read": always(LOW), "ahead": 2}):
         with pytest.raises(OptionError, match=r"stand-ins need a checkpoint .* and a rule .* nothing read ahead"):
             load(source, **options)
 
 
 def test_two_pools_keep_apart():
-    pools = TwoPools(policy("lru"), 2)
+    pools = TwoPools(policy("lru:pool=global"), 2)
     for layer, expert in ((0, 0), (2, 0), (0, 1), (3, 1)):
         pools.routed(layer, [expert], None)
         pools.admitted((layer, expert))

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from moekit.run.store import ExpertStore
 
 HIGH, LOW, SKIP = 2, 1, 0
+_OTHER = "{} was made of another model than {}: its experts cannot stand in"
 Read = Callable[[np.ndarray, np.ndarray], dict[int, int]]
 """(experts int [T, K], -1 where a slot is unused; combine weights [T, K]) -> what each is read at if it is missing."""
 
@@ -126,6 +127,8 @@ def open_stand_ins(ref: object, source: Checkpoint, found: Sequence[MoEBlock], d
         if other.experts.has_bias or other.experts.has_post_expert_norm:
             raise UnsupportedModelError(f"the experts of {block.name} have biases or norms: they have no stand-ins")
         tiers.append(PagedBank(checkpoint, reader, layers[block.name], other))
+    if not _same_routers(checkpoint, source):
+        raise OptionError(_OTHER.format(checkpoint.path, source.path))
     return tiers
 
 
@@ -135,10 +138,10 @@ def _check_source(checkpoint: Checkpoint, source: Checkpoint) -> None:
         raise OptionError(
             f"{checkpoint.path} has no plan.json that says what it was made of: make it with moekit apply"
         )
-    if Plan.load(plan).source != source.fingerprint or not _same_routers(checkpoint, source):
-        raise OptionError(
-            f"{checkpoint.path} was made of another model than {source.path}: its experts cannot stand in"
-        )
+    own = source.path / "plan.json"  # both may be packed, made of one model
+    origins = {source.fingerprint} | ({Plan.load(own).source} if own.is_file() else set())
+    if Plan.load(plan).source not in origins:
+        raise OptionError(_OTHER.format(checkpoint.path, source.path))
 
 
 def _same_routers(checkpoint: Checkpoint, source: Checkpoint) -> bool:
@@ -149,13 +152,10 @@ def _same_routers(checkpoint: Checkpoint, source: Checkpoint) -> bool:
 
 
 def _alike(other: MoEBlock, block: MoEBlock) -> bool:
-    module = other.experts
-    return (
-        isinstance(module, BankExperts)
-        and module.slots is None
-        and module.rewrite is None
-        and module.bank.num_experts == block.num_experts
-    )
+    """Whether copy e is that of expert e: both keep every expert where the router's rows have it."""
+    packed = [one.experts for one in (other, block) if isinstance(one.experts, BankExperts)]
+    plain = all(module.slots is None and module.rewrite is None for module in packed)
+    return plain and isinstance(other.experts, BankExperts) and other.experts.bank.num_experts == block.num_experts
 
 
 @dataclass(frozen=True, kw_only=True)
