@@ -41,6 +41,7 @@ scale: .venv/.ready
 claims: .venv/.ready
 	for key in $$($(BIN)/python -c 'from moekit.lab.experiments import available; print(*available())'); do \
 		$(BIN)/moekit reproduce $$key || [ $$? = 1 ] || exit 2; done
+	MOEKIT_SLOW=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/plan/test_fit_cap.py
 	$(BIN)/python benchmarks/fit_frontier.py
 	$(BIN)/python benchmarks/compression.py
 

@@ -116,7 +116,7 @@ def at_their_bytes(trial: Trial, found: Comparison, points: Points) -> list[str]
     return lines
 
 
-def document(found: Comparison, minutes: float, command: str, beside: Sequence[str]) -> str:
+def document(found: Comparison, minutes: float, command: str, beside: Sequence[str] = ()) -> str:
     """The page: a table per ratio, the least loss first; then ``fit`` at the bytes of the best others."""
     parts = [
         _HEAD.format(

@@ -123,7 +123,7 @@ def test_no_method_and_unknown_names(refused, model, profile, tmp_path):
     refused("inspect", naming="MODEL")
     refused("systems", "easy-epp", naming="easy-ep")
     refused("systems", "--wing", "compres", naming="compress")
-    refused("reproduce", "expertflow", naming=["expertflow", "no experiment"])
+    refused("reproduce", "uni-moe", naming=["uni-moe", "no experiment"])
     refused("reproduce", "easy-ep", "--seeds", "a,b", naming="--seeds")
     refused("reproduce", "easy-ep", "--seeds", "3", naming="at least 2")
     refused("eval", model, "--task", "arithmetics", naming="arithmetic")

@@ -119,4 +119,5 @@ def test_a_killed_rank_is_taken_up_again_and_a_search_by_two_is_a_search_by_one(
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / f"{n}.values").iterdir()} for n in ("one", "two"))
     assert one == two
     assert len(one) == 4
-    assert {name: (values / name).stat().st_ino for name in kept} == kept  # not made a second time
+    again = [name for name, inode in kept.items() if (values / name).stat().st_ino != inode]
+    assert len(again) <= 1  # the one that was being noted when the rank was killed; the others are not made again

@@ -97,8 +97,8 @@ def test_a_small_run_with_own_text(monkeypatch, tmp_path):
 
 
 def test_what_has_no_experiment(tmp_path):
-    with pytest.raises(OptionError, match=r"expertflow has no experiment yet \(it is planned\): choose .*easy-ep"):
-        experiments.run("expertflow")
+    with pytest.raises(OptionError, match=r"uni-moe has no experiment yet \(it is planned\): choose .*easy-ep"):
+        experiments.run("uni-moe")
     short = tmp_path / "short.txt"
     short.write_text("too short")
     with pytest.raises(TextError, match="9 bytes: an experiment needs 4096"):

@@ -50,9 +50,9 @@ class Products(Protocol):
 class Whole(Protocol):
     """Products that take all tokens of a batch at once; see :func:`forward` and :func:`slots`."""
 
-    def forward(
-        self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, *, arrivals: Arrivals | None = None
-    ) -> Tensor: ...
+    def forward(self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, **arrivals: Arrivals) -> Tensor:
+        """``arrivals``, under that name, only where weights come while the layer runs."""
+        ...
 
     def slots(self, x_TH: Tensor, index_TK: Tensor) -> Tensor: ...
 
@@ -65,7 +65,7 @@ def forward(
     With ``arrivals`` an expert's weights are read only once it has been asked for; the result is the same.
     """
     if (fused := _fused(products, x_TH)) is not None:
-        return fused.forward(x_TH, index_TK, weight_TK, arrivals=arrivals)
+        return fused.forward(x_TH, index_TK, weight_TK, **({} if arrivals is None else {"arrivals": arrivals}))
     plan = Plan.of(index_TK, products.num_experts)
     x = x_TH.to(products.dtype(x_TH))
     if plan.pair.numel() * x.shape[1] <= SMALL:
