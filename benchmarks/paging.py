@@ -29,14 +29,17 @@ import torch
 from scale import olmoe, write_random_checkpoint
 
 RESULT = Path(__file__).with_name("paging.json")
-TOPICS, STAY, PROMPT = 24, 0.97, 48
+TOPICS, STAY, PROMPT = 24, 0.95, 48
 GROUP = Path("/sys/fs/cgroup/memory/moekit-paging")
 BASE = 1_600_000_000
 """Bytes of every limit that are not for experts: Python with its libraries, the rest of the model, one context."""
 
 
 def plant(folder: Path, seed: int = 0) -> None:
-    """Write topics into a random checkpoint: embeddings that carry them, routers that read them."""
+    """Write topics into a random checkpoint: embeddings that carry them, routers that read them.
+
+    The strengths were chosen so that about half of a token's experts are its predecessor's, as ``repeats`` reports.
+    """
     from moekit.checkpoint import Checkpoint
 
     checkpoint, rng = Checkpoint.open(folder), np.random.default_rng(seed)
@@ -45,10 +48,10 @@ def plant(folder: Path, seed: int = 0) -> None:
     for name, info in checkpoint.tensors.items():
         if name == "model.embed_tokens.weight":
             topic_V = np.arange(info.shape[0]) % TOPICS
-            value = 8 * topic_KH[topic_V] + 4 * rng.standard_normal(info.shape)
+            value = 6 * topic_KH[topic_V] + 8 * rng.standard_normal(info.shape)
         elif name.endswith("mlp.gate.weight"):
             taste_EK = rng.standard_normal((info.shape[0], TOPICS)) + 0.5 * rng.standard_normal((info.shape[0], 1))
-            value = (taste_EK @ topic_KH + 3 * rng.standard_normal(info.shape)) / hidden
+            value = (taste_EK @ topic_KH + 28 * rng.standard_normal(info.shape)) / hidden
         else:
             continue
         with (folder / info.file).open("r+b") as file:
