@@ -36,7 +36,9 @@ def planned_layers(makers: Mapping[str, Make], follows: Sequence[str | None]) ->
             plan = Plan(source="", layers={name: makers[name]()})
             plan.save(notes[name], overwrite=True, with_values=False)
     ranks.wait()
-    return {name: _noted(note, name, spool.folder) for name, note in notes.items()}
+    layers = {name: _noted(note, name, spool.folder) for name, note in notes.items()}
+    ranks.wait()  # whoever leads may tidy the folder as soon as it has its plan
+    return layers
 
 
 def _noted(note: Path, name: str, folder: Path) -> LayerPlan:
