@@ -164,6 +164,17 @@ def test_a_disk_that_fails_is_told_and_can_be_tried_again(opened):
     assert shelf.filled == {2, 3}
 
 
+def test_a_batch_that_failed_leaves_nothing_behind(opened):
+    shelf = Shelf()
+    shelf.fail = {1, 3, 5}
+    store = opened([shelf], 40)
+    with pytest.raises(CheckpointError, match="the disk failed on"):
+        serve(store, 0, [1, 3, 5])
+    shelf.fail = set()
+    for expert in (1, 3, 5):
+        serve(store, 0, [expert])
+
+
 def test_a_prefetch_that_fails_is_silent_until_it_is_needed(opened):
     shelf = Shelf()
     shelf.fail = {3}

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from moekit.errors import BudgetError
 from moekit.run._tier import Counters, Tier
@@ -89,16 +90,13 @@ class ExpertStore:
                 self._pinned = set(keys)
                 for key in keys:
                     self._fetch(key, demand=True)
-            for key in keys:
-                if key not in self._entries and key in self._errors:
-                    raise self._errors.pop(key)
-            waiting = [self._entries[key] for key in keys]
+            waiting = [self._entries[key] for key in keys if key in self._entries]
             stalled = any(entry.state != "resident" for entry in waiting)
-        for key, entry in zip(keys, waiting, strict=True):
+        for entry in waiting:
             entry.done.wait()
             entry.used = True
-            if key in self._errors:
-                raise self._errors.pop(key)
+        if any(key not in self._resident for key in keys):
+            self._fail(keys)
         if stalled:
             self.counters.stall_seconds += time.perf_counter() - started
 
@@ -168,6 +166,15 @@ class ExpertStore:
                     self._evict(key)
                 else:
                     self._forget(key)
+
+    def _fail(self, keys: Sequence[Key]) -> NoReturn:
+        """Raise what kept ``keys`` away, once the whole batch has been heard of: the next one begins without old errors."""
+        with self._changed:
+            failed = next(self._errors[key] for key in keys if key in self._errors)
+            while self._busy():
+                self._changed.wait()
+            self._errors.clear()
+        raise failed
 
     # -- inside; the lock is held
 
