@@ -168,7 +168,7 @@ class ExpertStore:
                     self._forget(key)
 
     def _fail(self, keys: Sequence[Key]) -> NoReturn:
-        """Raise what kept ``keys`` away once the whole batch has been heard of, so that the next begins without old errors."""
+        """Raise what kept ``keys`` away once all that is read was heard of: the next batch begins with no old error."""
         with self._changed:
             failed = next(self._errors[key] for key in keys if key in self._errors)
             while self._busy():
