@@ -22,6 +22,7 @@ from moekit.checkpoint import Checkpoint, MoELayer
 from moekit.checkpoint.reader import Reader
 from moekit.errors import BudgetError, OptionError, UnsupportedModelError
 from moekit.kernels import BankExperts, warm_up
+from moekit.run import _ahead
 from moekit.run._predictors_gate import NextGate
 from moekit.run._room import working_bytes
 from moekit.run._stand_in import Read, StandIns, TwoPools, open_stand_ins
@@ -45,7 +46,8 @@ class Paging:
 
     ``horizon``: layers ahead that ``predictor`` looks, ``width``: experts fetched ahead for each, at most. ``context``:
     tokens per sequence that the budget reckons with. ``history``: the distinct experts of every batch, layer by layer,
-    as (layer, experts); None where it is not kept. ``tokens``: computed so far. ``routing``: of this forward call.
+    as (layer, experts); None where it is not kept. ``tokens``: computed so far. ``signal``: what this forward call has
+    told a predictor.
     ``stand_ins``: copies at fewer bits that are used for some missing experts; logits are then no longer exact.
     """
 
@@ -57,7 +59,7 @@ class Paging:
     context: int = DEFAULT_CONTEXT
     history: list[tuple[int, tuple[int, ...]]] | None = None
     tokens: int = 0
-    routing: dict[int, Any] = field(default_factory=dict)
+    signal: Signal = field(default_factory=Signal)
     stand_ins: StandIns | None = None
 
     @property
@@ -103,7 +105,7 @@ class _Served:
         if paging.history is not None:
             paging.history.append((self.layer, tuple(experts)))
         store.begin(self.layer, experts, self._scores)
-        self._look_ahead(x_TH if self._read is None else self._read, index_TK, experts)
+        _ahead.reached(paging, self.layer, x_TH if self._read is None else self._read, index_TK, experts)
         self._read = self._scores = None
         try:
             with torch.no_grad():
@@ -113,19 +115,6 @@ class _Served:
         if stand_ins is None or low_TK is None:
             return y_TH
         return y_TH + stand_ins.run(store, self.layer, x_TH, low_TK, weight_TK)
-
-    def _look_ahead(self, x_TH: Tensor, index_TK: Tensor, experts: list[int]) -> None:
-        paging = self.paging
-        if paging.predictor is None or not paging.width:
-            return
-        if self.layer == 0:
-            paging.routing.clear()
-        paging.routing[self.layer] = index_TK.cpu().numpy()
-        paging.predictor.observe(self.layer, experts)
-        ahead = paging.predictor.predict(self.layer, Signal(x_TH=x_TH, routing=paging.routing), paging.horizon)
-        for distance, ranked in enumerate(ahead, start=1):
-            wanted = [expert for expert, _ in ranked[: paging.width]]
-            paging.store.prefetch(self.layer + distance, wanted)
 
 
 def load(
@@ -253,3 +242,4 @@ def _before(paging: Paging, model: Any, args: tuple[Any, ...], kwargs: dict[str,
     paging.tokens += ids.numel()
     if not before:
         paging.store.reset()
+    _ahead.begin(paging, ids, kwargs.get("attention_mask"), new=not before)

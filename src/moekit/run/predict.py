@@ -32,8 +32,8 @@ class Signal:
 
     ``x_TH`` is what this layer's router read; ``token`` [T] are ids; ``routing`` maps the layers already passed in this
     forward call, this one included, to the chosen experts int [T, K] (-1 where a slot is unused); ``sequence`` [T] says
-    which request each token belongs to. Anything but ``routing`` may be None: a predictor that needs what is missing
-    predicts nothing.
+    which request each token belongs to. ``token`` and ``sequence`` leave padding out. Anything but ``routing`` may be
+    None: a predictor that needs what is missing predicts nothing.
     """
 
     x_TH: Tensor | None = None
