@@ -3,6 +3,7 @@
 import io
 import json
 
+import pytest
 import torch
 from commanding import call
 
@@ -46,3 +47,46 @@ def test_bad_input(refused):
     refused("run", "moekit:mini", "x", "--policy", "best", naming="unknown cache policy 'best'")
     refused("run", "moekit:mini", "x", "--chat", naming="no chat template")
     refused("run", "moekit:dense", "x", naming="dense model")
+
+
+@pytest.fixture(scope="module")
+def packed(model, tmp_path_factory):
+    """The tiny model packed in 2 bits."""
+    folder = tmp_path_factory.mktemp("packed")
+    assert call("plan", model, "--with", "rtn:bits=2", "--output", folder / "plan.json")[0] == 0
+    assert call("apply", model, folder / "plan.json", "--format", "moekit", "--output", folder / "model")[0] == 0
+    return folder / "model"
+
+
+def test_stand_ins_are_said_not_to_be_exact_and_measured_when_asked(model, packed):
+    asked = ("run", model, "abc", "--new-tokens", 5, "--stand-in", packed)
+    code, out, err = call(*asked)
+    assert code == 0
+    assert err.startswith("not exact")
+    assert "--explain measures what that changes" in err
+    code, again, err = call(*asked, "--explain")
+    assert (code, again) == (0, out)
+    assert "nats a token from the exact model" in err
+    assert "hit rate" in err
+
+
+def test_json_says_whether_it_is_exact(model, packed):
+    asked = ("run", model, "abc", "--new-tokens", 5, "--json")
+    assert json.loads(call(*asked)[1])["exact"] is True
+    found = json.loads(call(*asked, "--stand-in", packed, "--read", "hobbit:high=0.0,low=1.0", "--explain")[1])
+    assert found["exact"] is False
+    assert found["uses"]["read as copies"] > 0
+    assert found["divergence"]["kl"] > 0
+    assert found["divergence"]["tokens"] == 5
+    # measuring is not counted
+    plain = json.loads(call(*asked, "--stand-in", packed, "--read", "hobbit:high=0.0,low=1.0")[1])
+    assert (plain["uses"], plain["divergence"]) == (found["uses"], None)
+
+
+def test_bad_stand_ins(refused, model, packed, tmp_path):
+    for command in (("run", model, "x"), ("serve", model)):
+        refused(*command, "--read", "hobbit", naming="give them with --stand-in DIR")
+        refused(*command, "--stand-in", packed, "--read", "hobit", naming="did you mean 'hobbit'?")
+        refused(*command, "--stand-in", packed, "--read", "hobbit:high=2.0", naming="expected 0 <= high <= low <= 1")
+    refused("run", model, "x", "--stand-in", model, naming="no plan.json that says what it was made of")
+    refused("run", model, "x", "--stand-in", packed, "--ahead", 2, naming="nothing read ahead")

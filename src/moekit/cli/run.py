@@ -1,14 +1,17 @@
 """`moekit run`: text from a model that is larger than the memory it gets."""
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moekit.cli import _show
 from moekit.cli._options import Json, Model
+from moekit.errors import OptionError
 
 if TYPE_CHECKING:
+    from moekit.run._stand_in import Divergence, StandIns
     from moekit.run.answer import Cost
 
 MEMORY_HELP = "Cap on this process's peak memory, such as 4GB (10^9 bytes). Default: all experts in memory."
@@ -22,6 +25,18 @@ Policy = Annotated[
 Ahead = Annotated[
     int | None,
     typer.Option("--ahead", metavar="N", min=0, help="Experts of the next layer to read while one computes."),
+]
+StandIn = Annotated[
+    str | None,
+    typer.Option(
+        "--stand-in",
+        metavar="DIR",
+        help="The same model packed in fewer bits (rtn:bits=4), used for missing experts: no longer exact.",
+    ),
+]
+Read = Annotated[
+    str | None,
+    typer.Option("--read", metavar="RULE", help="When a stand-in is used: hobbit[:high=0.6,low=0.9]. Default: hobbit."),
 ]
 
 
@@ -37,36 +52,90 @@ def run(
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is the user's turn of the chat template.")] = False,
     policy: Policy = None,
     ahead: Ahead = None,
+    stand_in: StandIn = None,
+    read: Read = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say afterwards what it took, and the bounds.")] = False,
     as_json: Json = False,
 ) -> None:
     """Generate from a fraction of the memory a model needs: experts are read from its own files as they are used.
 
-    The tokens are those of the whole model in memory, whatever the cap.
+    The tokens are those of the whole model in memory, whatever the cap; with --stand-in they are not, and what they
+    diverge by is measured with --explain.
 
     \b
     Examples:
       moekit run moekit:mini "def add(a, b):" --memory 700MB --explain
       moekit run ./Qwen3-30B-A3B "Why is the sky blue?" --chat --memory 8GB
+      moekit run ./model "Why is the sky blue?" --memory 8GB --stand-in ./model-4bit --explain
     """
     from moekit.checkpoint import Checkpoint
     from moekit.run.answer import answer, prompt_ids
-    from moekit.run.paging import load
+    from moekit.run.paging import load, paging
 
+    copies = stand_ins_of(stand_in, read)
     checkpoint = Checkpoint.open(model)
     tokenizer = checkpoint.tokenizer()
     ids = prompt_ids(tokenizer, sys.stdin.read() if prompt == "-" else prompt, chat)
     context = ids.shape[1] + new_tokens
-    opened = load(checkpoint, memory, context=context, policy=policy, ahead=ahead)
+    opened = load(checkpoint, memory, context=context, policy=policy, ahead=ahead, **copies)
     made, cost = answer(
         opened, ids, new_tokens, tokenizer=tokenizer, say=None if as_json else _say, temperature=temperature, seed=seed
     )
+    used = paging(opened).stand_ins
+    apart = _divergence(opened, used, ids, made) if explain and used is not None else None
     if as_json:
-        _show.emit({"text": str(tokenizer.decode(made, skip_special_tokens=True)), **cost.as_dict()})
+        text = str(tokenizer.decode(made, skip_special_tokens=True))
+        _show.emit({"text": text, "exact": used is None, **_figures(used, apart), **cost.as_dict()})
         return
     _say("\n")
-    if explain:
-        sys.stderr.write("".join(f"{name:<22}{value}\n" for name, value in explained(cost)))
+    lines = explained(cost) if explain else []
+    lines += [("not exact", _inexact(used, apart))] if used is not None else []
+    sys.stderr.write("".join(f"{name:<22}{value}\n" for name, value in lines))
+
+
+def stand_ins_of(stand_in: str | None, read: str | None) -> dict[str, Any]:
+    """The arguments of ``moekit.load`` that the options say. OptionError for a rule without stand-ins."""
+    if stand_in is None:
+        if read is not None:
+            raise OptionError("--read says when stand-ins are used: give them with --stand-in DIR")
+        return {}
+    from moekit.run.rules import rule
+
+    return {"stand_in": stand_in, "read": rule(read or "hobbit")}
+
+
+def _divergence(model: Any, used: "StandIns", ids: Any, made: Any) -> "Divergence":
+    import torch
+
+    from moekit.run._stand_in import divergence
+
+    counted = dict(used.uses)  # measuring goes over the text once more
+    found = divergence(model, used, torch.cat([ids, made[None]], 1), ids.shape[1])
+    used.uses.update(counted)
+    return found
+
+
+def _figures(used: "StandIns | None", apart: "Divergence | None") -> dict[str, Any]:
+    if used is None:
+        return {}
+    return {"uses": _uses(used), "divergence": None if apart is None else asdict(apart)}
+
+
+def _uses(used: "StandIns") -> dict[str, int]:
+    """Experts of batches by what became of them."""
+    there, as_is, packed, left_out = used.uses.values()
+    return {"in memory": there, "read as they are": as_is, "read as copies": packed, "left out": left_out}
+
+
+def _inexact(used: "StandIns", apart: "Divergence | None") -> str:
+    """What stand-ins were used for, and what they changed."""
+    said = ", ".join(f"{count} {what}" for what, count in _uses(used).items())
+    if apart is None:
+        return f"experts: {said}; --explain measures what that changes"
+    return (
+        f"experts: {said}; {apart.kl:.3g} nats a token from the exact model, which takes the same likeliest token for "
+        f"{apart.agree:.1%} of {apart.tokens}"
+    )
 
 
 def _say(text: str) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from moekit.cli._options import Model
-from moekit.cli.run import Ahead, Memory, Policy
+from moekit.cli.run import Ahead, Memory, Policy, Read, StandIn, stand_ins_of
 from moekit.errors import OptionError
 
 
@@ -23,6 +23,8 @@ def serve(
     ] = 16,
     policy: Policy = None,
     ahead: Ahead = None,
+    stand_in: StandIn = None,
+    read: Read = None,
 ) -> None:
     """Answer OpenAI-compatible clients (completions and chat, streamed or whole) under a cap on memory.
 
@@ -44,8 +46,12 @@ def serve(
     from moekit.run import load
     from moekit.run.desk import Desk
 
+    copies = stand_ins_of(stand_in, read)
     checkpoint = Checkpoint.open(model)
     tokenizer = checkpoint.tokenizer()
-    desk = Desk(load(checkpoint, memory, context=context, policy=policy, ahead=ahead), tokenizer, waiting)
+    opened = load(checkpoint, memory, context=context, policy=policy, ahead=ahead, **copies)
+    desk = Desk(opened, tokenizer, waiting)
+    if copies:
+        sys.stderr.write("moekit: stand-ins are used for missing experts, so answers are not the exact model's\n")
     sys.stderr.write(f"moekit: serving {model} on http://{host}:{port}/v1\n")
     uvicorn.run(app(desk, model), host=host, port=port, log_level="warning")

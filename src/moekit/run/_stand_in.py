@@ -9,7 +9,8 @@ Shapes by suffix: S sequence, T tokens, K slots, E experts, H hidden size.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Sequence
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -173,30 +174,37 @@ def divergence(model: PreTrainedModel, stand_ins: StandIns, ids: Tensor, prompt:
     """Of the tokens that follow the first ``prompt`` of ``ids`` [1, S]: read one by one as they were generated, from
     the cache as it is, and once more with every expert as it is.
 
+    The first reading's probabilities wait in a temporary file, so that a cap on memory holds.
+
     Raises:
         OptionError: nothing follows the prompt.
     """
     if not 0 < prompt < ids.shape[1]:
         raise OptionError(f"a prompt of {prompt} tokens out of {ids.shape[1]}: expected some before and some after it")
-    with_them = _step_by_step(model, ids, prompt)
-    before, stand_ins.exact = stand_ins.exact, True
-    try:
-        exact = _step_by_step(model, ids, prompt)
-    finally:
-        stand_ins.exact = before
-    kl = (exact.exp() * (exact - with_them)).sum(-1).mean()
-    agree = (exact.argmax(-1) == with_them.argmax(-1)).float().mean()
-    return Divergence(kl=max(float(kl), 0.0), agree=float(agree), tokens=len(exact))
+    kl, agree, before = 0.0, 0, stand_ins.exact
+    with tempfile.TemporaryFile() as spool:
+        for row_V in _step_by_step(model, ids, prompt):
+            spool.write(row_V.numpy().tobytes())
+        spool.seek(0)
+        stand_ins.exact = True
+        try:
+            for exact_V in _step_by_step(model, ids, prompt):
+                with_V = torch.frombuffer(bytearray(spool.read(4 * len(exact_V))), dtype=torch.float32)
+                kl += float((exact_V.exp() * (exact_V - with_V)).sum())
+                agree += int(exact_V.argmax() == with_V.argmax())
+        finally:
+            stand_ins.exact = before
+    tokens = ids.shape[1] - prompt
+    return Divergence(kl=max(kl / tokens, 0.0), agree=agree / tokens, tokens=tokens)
 
 
-def _step_by_step(model: PreTrainedModel, ids: Tensor, prompt: int) -> Tensor:
-    """Log-probabilities [S - prompt, V] of what follows each position from the prompt's last on, the end left out."""
-    output = model(input_ids=ids[:, :prompt], use_cache=True)
-    rows = [output.logits[0, -1]]
+def _step_by_step(model: PreTrainedModel, ids: Tensor, prompt: int) -> Iterator[Tensor]:
+    """Log-probabilities [V] of what follows each position from the prompt's last on, the end left out."""
+    output = model(input_ids=ids[:, :prompt], use_cache=True, logits_to_keep=1)
+    yield output.logits[0, -1].float().log_softmax(-1)
     for at in range(prompt, ids.shape[1] - 1):
         output = model(input_ids=ids[:, at : at + 1], past_key_values=output.past_key_values, use_cache=True)
-        rows.append(output.logits[0, -1])
-    return torch.stack(rows).float().log_softmax(-1)
+        yield output.logits[0, -1].float().log_softmax(-1)
 
 
 def _among(index_TK: Tensor, experts: Collection[int]) -> Tensor:
