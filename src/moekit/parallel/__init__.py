@@ -15,6 +15,7 @@ A stock model, in a script started by ``torchrun --nproc-per-node 4``, every ran
 from moekit.parallel._attach import attach, detach, reduce_replicated
 from moekit.parallel._chunks import Move, gather_chunks
 from moekit.parallel._errors import ParallelError
+from moekit.parallel._groups import Groups
 from moekit.parallel._links import Grid, Traffic
 from moekit.parallel._ranks import LocalRanks
 from moekit.parallel._shards import reshard, shard, unshard
@@ -27,6 +28,7 @@ __all__ = [
     "DispatchPlan",
     "Engine",
     "Grid",
+    "Groups",
     "Layout",
     "LocalRanks",
     "Move",

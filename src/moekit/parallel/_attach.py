@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from moekit.contract import Routing
@@ -19,6 +18,7 @@ from moekit.errors import UnsupportedModelError
 from moekit.formats import DenseBank
 from moekit.kernels._layer import Layer, is_decorated
 from moekit.parallel._errors import ParallelError
+from moekit.parallel._groups import Groups, degree_for, sum_gradients
 from moekit.parallel._shards import collect
 from moekit.parallel._world import World
 from moekit.parallel.dispatch import Layout, Planner, native
@@ -28,18 +28,29 @@ NAME = "moekit-parallel"
 _ENGINE = "_moekit_parallel"
 
 
+class Attached(NamedTuple):
+    """What an experts module carries while it is spread; ``across`` is None where every expert is stored once."""
+
+    engine: Engine
+    across: World | None
+    before: str | None
+
+
 def attach(
     model: nn.Module,
     world: World,
     layouts: Mapping[str, Layout] | None = None,
     planner: Planner = native,
+    degree: int | None = None,
     **options: Any,
 ) -> dict[str, Engine]:
     """Keep this rank's share of every experts module and run them all together; {path of the module: its engine}.
 
-    ``layouts`` says who stores what in the modules it names; the others are cut into equal runs of experts. ``options``
-    are those of :class:`Engine`. A collective call. Gradients of the experts are sums over all ranks' batches; those of
-    the replicated rest are each rank's own until :func:`reduce_replicated` sums them.
+    ``layouts`` says who stores what in the modules it names; the others are cut into equal runs of experts. With a
+    ``degree`` each layer is spread over groups of at most so many ranks, and of no more than it has experts, and every
+    group has the whole layer (expert times data parallelism, layer by layer). ``options`` are those of
+    :class:`Engine`. A collective call. Gradients of the experts are sums over the batches of the ranks that share them,
+    those of the rest each rank's own, until :func:`reduce_replicated` sums both.
 
     Raises:
         UnsupportedModelError: no experts module of transformers' shared contract, or weights behind its experts.
@@ -51,19 +62,24 @@ def attach(
     unknown = set(layouts or ()) - found.keys()
     if unknown:
         raise ParallelError(f"no experts module {min(unknown)!r} here: the first is {next(iter(found))!r}")
-    engines = {}
+    engines, groups, across = {}, dict[int, Groups](), dict[str, World]()
     for name, module in found.items():
         _check(name, module)
-        layout = (layouts or {}).get(name) or Layout.contiguous(module.num_experts, world.size)
+        inside = world
+        if degree is not None:
+            size = degree_for(module.num_experts, world, degree)
+            groups[size] = groups.get(size) or Groups.of(world, size)
+            inside, across[name] = groups[size].inside, groups[size].across
+        layout = (layouts or {}).get(name) or Layout.contiguous(module.num_experts, inside.size)
         if (layout.num_experts, layout.slices) != (module.num_experts, 1):
             raise ParallelError(f"{name} has {module.num_experts} whole experts, its layout {len(layout.owner)} units")
-        engines[name] = Engine(world, layout, planner, **options)
+        engines[name] = Engine(inside, layout, planner, **options)
     _register()
     before = {name: module.config._experts_implementation for name, module in found.items()}
     for name, module in found.items():
-        own = torch.tensor(engines[name].layout.own(world.rank), dtype=torch.int64)
+        own = torch.tensor(engines[name].layout.own(engines[name].world.rank), dtype=torch.int64)
         _replace(module, partial(_pick, own))
-        module.__dict__[_ENGINE] = (engines[name], before[name])
+        module.__dict__[_ENGINE] = Attached(engines[name], across.get(name), before[name])
         module.config._experts_implementation = NAME
     return engines
 
@@ -71,31 +87,30 @@ def attach(
 def detach(model: nn.Module) -> None:
     """Give every rank all experts back, as they are by now, and the implementation from before. A collective call."""
     for module in [m for m in model.modules() if _ENGINE in m.__dict__]:
-        engine, before = module.__dict__.pop(_ENGINE)
-        _replace(module, partial(_whole, engine))
-        module.config._experts_implementation = before
+        attached = module.__dict__.pop(_ENGINE)
+        _replace(module, partial(_whole, attached.engine))
+        module.config._experts_implementation = attached.before
 
 
 def reduce_replicated(model: nn.Module, world: World) -> None:
-    """Sum the gradients of everything but the spread experts over all ranks, in one message. A collective call.
+    """Sum gradients: of everything but the spread experts over all ranks, of those over the ranks with the same ones.
 
-    Parameters without a gradient on this rank take part with zeros. Scale the loss by the tokens of all ranks (or
-    divide by the number of ranks) to train on the mean.
+    One message for the rest, and one for each layer of which there are several copies. A collective call. Parameters
+    without a gradient on this rank take part with zeros. Scale the loss by the tokens of all ranks (or divide by the
+    number of ranks) to train on the mean.
     """
-    spread = {id(p) for m in model.modules() if _ENGINE in m.__dict__ for p in m.parameters(recurse=False)}
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in spread]
-    if not rest:
-        return
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in rest])
-    with world.waiting("summing gradients"):
-        dist.all_reduce(flat, group=world.tokens)
-    for parameter, grad in zip(rest, flat.split([p.numel() for p in rest]), strict=True):
-        parameter.grad = grad.view_as(parameter)
+    spread = [module for module in model.modules() if _ENGINE in module.__dict__]
+    known = {id(p) for module in spread for p in module.parameters(recurse=False)}
+    sum_gradients(world, (p for p in model.parameters() if id(p) not in known))
+    for module in spread:
+        across = module.__dict__[_ENGINE].across
+        if across is not None:
+            sum_gradients(across, module.parameters(recurse=False))
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """[T, H] of an attached module; the sentinel ``num_experts`` in ``top_k_index`` is an unused slot."""
-    layer, (engine, _) = Layer.of_module(self), self.__dict__[_ENGINE]
+    layer, engine = Layer.of_module(self), self.__dict__[_ENGINE].engine
     bank = DenseBank(layer.gate_up, layer.down, layer.gate_up_bias, layer.down_bias, layer.activation)
     used = (top_k_index >= 0) & (top_k_index < engine.num_experts)
     routing = Routing(top_k_index.masked_fill(~used, -1), top_k_weights.masked_fill(~used, 0))

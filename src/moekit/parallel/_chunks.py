@@ -144,10 +144,12 @@ def _swap(
         level = world.grid.level(world.rank, target)
         for tensor in parcel:
             world.traffic.add(what, level, len(tensor), tensor.numel() * tensor.element_size())
-            work.append(dist.P2POp(dist.isend, bytes_of(tensor), target, world.weights))
+            work.append(dist.P2POp(dist.isend, bytes_of(tensor), group=world.weights, group_peer=target))
     for source, count in counts.items():
         for tensor in out:
-            work.append(dist.P2POp(dist.irecv, bytes_of(tensor[start : start + count]), source, world.weights))
+            work.append(
+                dist.P2POp(dist.irecv, bytes_of(tensor[start : start + count]), group=world.weights, group_peer=source)
+            )
         start += count
     doing = f"moving {what}"
     with world.waiting(doing):

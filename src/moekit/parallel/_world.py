@@ -24,7 +24,8 @@ class World:
     """This process among its peers. Every rank makes it together: :meth:`join` is itself a collective call.
 
     Tokens and weights travel in groups of their own, so that neither waits for the other. ``node_group`` holds the
-    ranks of this node, ``column_group`` the ranks with this local rank on all nodes (None on one node).
+    ranks of this node, ``column_group`` the ranks with this local rank on all nodes (None on one node). A world may be
+    a part of all ranks (:meth:`part`): ``rank`` is then counted within it, and ``members`` says who its ranks are.
     """
 
     rank: int
@@ -35,6 +36,7 @@ class World:
     node_group: Any = None
     column_group: Any = None
     traffic: Traffic = field(default_factory=Traffic)
+    members: tuple[int, ...] = ()
 
     @property
     def size(self) -> int:
@@ -50,26 +52,38 @@ class World:
             raise ParallelError(
                 "no process group: start with torchrun and call torch.distributed.init_process_group first"
             )
-        rank, grid = dist.get_rank(), Grid.of(dist.get_world_size(), nodes)
-        world = cls(rank, grid, patience, None, None)
-        with world.waiting("joining"):
-            world.tokens, world.weights = world._group(range(grid.world)), world._group(range(grid.world))
-            if grid.nodes > 1:
-                world._join_levels()
-        return world
+        grid = Grid.of(dist.get_world_size(), nodes)
+        whole = cls(dist.get_rank(), grid, patience, None, None, members=tuple(range(grid.world)))
+        return whole.part([whole.members], grid)
 
-    def _group(self, ranks: Sequence[int]) -> Any:
-        return dist.new_group(list(ranks), timeout=timedelta(seconds=self.patience))
+    def part(self, groups: Sequence[Sequence[int]], grid: Grid) -> World:
+        """The one of disjoint ``groups`` of this world's ranks that this rank is in, as a world of its own kind.
 
-    def _join_levels(self) -> None:
-        """Every rank makes every group, in the same order, and keeps the two that it belongs to."""
-        grid = self.grid
-        for node in range(grid.nodes):
-            group = self._group(range(node * grid.per_node, (node + 1) * grid.per_node))
-            self.node_group = group if node == grid.node(self.rank) else self.node_group
-        for local in range(grid.per_node):
-            group = self._group(range(local, grid.world, grid.per_node))
-            self.column_group = group if local == grid.local(self.rank) else self.column_group
+        Each is laid out as ``grid`` says. A collective call: every rank names all groups, in the same order. What it
+        sends is counted apart.
+        """
+        made: World | None = None
+        with self.waiting("joining"):
+            for group in groups:
+                members = [self.members[rank] for rank in group]
+                parts = self._groups(members, grid)
+                if self.rank in group:
+                    own = list(group).index(self.rank)
+                    column = parts[2 + grid.nodes :][grid.local(own)] if grid.nodes > 1 else None
+                    node = parts[2 + grid.node(own)] if grid.nodes > 1 else None
+                    made = World(own, grid, self.patience, parts[0], parts[1], node, column, Traffic(), tuple(members))
+        if made is None:
+            raise ParallelError(f"rank {self.rank} of {self.size} is in none of the groups {[list(g) for g in groups]}")
+        return made
+
+    def _groups(self, members: Sequence[int], grid: Grid) -> list[Any]:
+        """Tokens, weights, and with several nodes each node's and each column's; every rank makes all, in order."""
+        parts: list[Sequence[int]] = [members, members]
+        if grid.nodes > 1:
+            parts += [members[node * grid.per_node :][: grid.per_node] for node in range(grid.nodes)]
+            parts += [members[local :: grid.per_node] for local in range(grid.per_node)]
+        patience = timedelta(seconds=self.patience)
+        return [dist.new_group(list(part), timeout=patience) for part in parts]
 
     @contextmanager
     def waiting(self, doing: str) -> Iterator[None]:
