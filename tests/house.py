@@ -17,6 +17,7 @@ FLOORS = {
     "train": 5,
     "measure": 4,
     "profile": 4,
+    "nn": 3,
     "stream": 3,
     "checkpoint": 2.2,
     "blocks": 2.1,

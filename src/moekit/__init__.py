@@ -1,7 +1,7 @@
 """moekit: the toolkit for Mixture-of-Experts models.
 
-Importing it registers ``experts_implementation="moekit"`` and the quantisation method "moekit" with transformers, as
-soon as transformers itself is there. Public names load on first use.
+Importing it registers ``experts_implementation="moekit"``, the quantisation method "moekit" and the model type "moekit"
+with transformers, as soon as transformers itself is there. Public names load on first use.
 """
 
 from importlib import import_module
@@ -54,4 +54,6 @@ def __dir__() -> list[str]:
 for _verb in _VERBS:
     when_imported(f"moekit.{_verb}", lambda room: setattr(room, "__class__", _Verb))
 when_imported("transformers.integrations.moe", lambda _: import_module("moekit.kernels").register())
+when_imported("transformers.models.auto.configuration_auto", lambda _: import_module("moekit.nn.config"))
+when_imported("transformers.models.auto.modeling_auto", lambda _: import_module("moekit.nn.model"))
 when_imported("transformers.modeling_utils", lambda _: import_module("moekit.checkpoint.quantizer"))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..contract import PAD, Context, Routing
 from ..errors import PlanError
+from .contracted import ContractRouter, keeps_contract
 from .recipe import Recipe
 from .router import FamilyRouter, filled
 
@@ -240,7 +241,9 @@ ROUTERS: dict[str, type[FamilyRouter]] = {
 
 
 def router_for(module: nn.Module, parent: nn.Module, num_experts: int) -> FamilyRouter:
-    """The router of a live module: its class from the table, else the one whose recipe is found by experiment."""
+    """The router of a live module: its own stages, its class from the table, or a recipe found by experiment."""
+    if keeps_contract(module):
+        return ContractRouter.build(module, parent, num_experts)
     names = [cls.__name__ for kind in (type(module), type(parent)) for cls in kind.__mro__]
     found = next((ROUTERS[name] for name in names if name in ROUTERS), FamilyRouter)
     return found.build(module, parent, num_experts)

@@ -12,9 +12,11 @@ from torch.utils.hooks import RemovableHandle
 
 from ..bank import ExpertBank
 from ..errors import PlanError
+from ..formats import DenseBank
 from ..kernels._drive import forward
 from ..kernels.rewrites import Rewrite
 from ..kernels.run import products_of
+from ..kernels.scaled import LiveMatrices, scaled
 from .block import MoEBlock
 from .find import blocks
 
@@ -29,7 +31,8 @@ def attach(
     their place, without gradients.
 
     Raises:
-        PlanError: the stored experts would have to run in a block that normalises every expert's output.
+        PlanError: the stored experts would have to run in a block that normalises every expert's output, or a rewrite
+            that scales inside experts in a block that weighs their inputs.
     """
     known = list(range(block.num_experts)) if rows is None else list(rows)
     there = torch.full((block.num_experts + 1,), -1)
@@ -46,6 +49,8 @@ def attach(
         x, index, weight = routed(arguments)
         return x, back.to(index.device)[index], weight.masked_fill(index < 0, 0.0)
 
+    if rewrite.INSIDE:
+        return _inside(rewrite, block, there, back)
     if bank is None or not rewrite.EXPANDS:
         return block.experts.register_forward_pre_hook(before)
     if getattr(block.experts, "has_post_expert_norm", False):
@@ -54,6 +59,24 @@ def attach(
 
     def instead(_: Any, arguments: tuple[Tensor, ...], __: Any) -> Tensor:
         return forward(products, *routed(arguments))
+
+    return block.experts.register_forward_hook(instead)
+
+
+def _inside(rewrite: Rewrite, block: MoEBlock, there: Tensor, back: Tensor) -> RemovableHandle:
+    """The block's own weights, computed again with what each matrix reads scaled apart; gradients pass through."""
+    if block.layout.weights_on_input:
+        raise PlanError(f"{block.name} weighs what its experts read, which {rewrite.KIND} cannot follow")
+
+    def instead(_: Any, arguments: tuple[Tensor, ...], __: Any) -> Tensor:
+        x_TH, index_TK, weight_TK = arguments
+        renamed = there.to(index_TK.device)[index_TK.clamp(0, block.num_experts)]
+        scales = rewrite.scales(renamed, weight_TK)
+        x, index, weight = rewrite(x_TH, renamed, weight_TK)
+        own = torch.where(index < 0, -1, back.to(index.device)[index])
+        bank = block.bank()
+        assert isinstance(bank, DenseBank)
+        return scaled(LiveMatrices(bank, block.layout.finish), x, own, weight, scales)
 
     return block.experts.register_forward_hook(instead)
 

@@ -1,0 +1,52 @@
+"""What makes scores [T, E] of logits [T, E]: the numbers that are ranked, and usually the weights too.
+
+Shapes by suffix: T tokens, E choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks.recipe import ACTIVATIONS as STOCK
+from ..contract import Context
+from .parts import Site
+
+
+class Softmax(nn.Module):
+    """Over all choices, in float32 at least, after division by ``temperature``."""
+
+    def __init__(self, site: Site, *, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, logits_TE: Tensor, context: Context) -> Tensor:
+        wide = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
+        return STOCK["softmax"](wide if self.temperature == 1 else wide / self.temperature)
+
+
+class Sigmoid(nn.Module):
+    """Each choice for itself, in float32 at least."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+
+    def forward(self, logits_TE: Tensor, context: Context) -> Tensor:
+        return STOCK["sigmoid"](logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32)))
+
+
+class Identity(nn.Module):
+    """The logits themselves, in float32 at least."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+
+    def forward(self, logits_TE: Tensor, context: Context) -> Tensor:
+        return logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
+
+
+ACTIVATIONS: dict[str, Callable[..., Any]] = {"softmax": Softmax, "sigmoid": Sigmoid, "identity": Identity}
+"""By the name a configuration gives; called with (logits_TE, context)."""

@@ -1,0 +1,85 @@
+"""Attention over earlier tokens, in the kinds a configuration can name.
+
+Shapes by suffix: B sequences, S positions, N heads, D head size, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..contract import Context
+
+
+class Attention(nn.Module):
+    """Causal softmax attention with rotary positions and grouped keys and values; run by transformers' own backends."""
+
+    is_causal = True
+
+    def __init__(self, config: Any, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        width, narrow = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, narrow, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, narrow, bias=False)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        hidden_BSH: Tensor,
+        context: Context,
+        *,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """[B, S, H]."""
+        heads_BSND = self.heads(hidden_BSH, position_embeddings, attention_mask, past_key_values, **kwargs)
+        return self.o_proj(heads_BSND.flatten(2))
+
+    def heads(
+        self, hidden_BSH: Tensor, position: tuple[Tensor, Tensor], mask: Tensor | None, cache: Any, **kwargs: Any
+    ) -> Tensor:
+        """What each head attends to [B, S, N, D], before the output projection."""
+        query, key, value = (
+            project(hidden_BSH).unflatten(-1, (-1, self.head_dim))
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = self.q_norm(query).transpose(1, 2), self.k_norm(key).transpose(1, 2)
+        query, key, value = rotated(query, *position), rotated(key, *position), value.transpose(1, 2)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
+        out, _ = attend(self, query, key, value, mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        return out
+
+
+def rotated(x_BNSD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al. 2021): the second half of a head turns against the first."""
+    first, second = x_BNSD.chunk(2, dim=-1)
+    return x_BNSD * cos_BSD[:, None] + torch.cat((-second, first), dim=-1) * sin_BSD[:, None]
+
+
+def eager(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """Plain attention, for those who want to see the weights: ([B, S, N, D], [B, N, S, keys])."""
+    key, value = (t.repeat_interleave(module.num_key_value_groups, dim=1) for t in (key, value))
+    score = query @ key.transpose(2, 3) * scaling
+    weight = (score if mask is None else score + mask).softmax(-1, dtype=torch.float32).to(query.dtype)
+    return (weight @ value).transpose(1, 2).contiguous(), weight
+
+
+ATTENTIONS: dict[str, Callable[..., Any]] = {"softmax": Attention}
+"""By the name a configuration gives; built with (config, layer), called as :class:`Attention` is."""

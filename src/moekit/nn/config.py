@@ -1,0 +1,95 @@
+"""The configuration of a composable MoE language model: sizes, and the names of its parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import AutoConfig
+
+from ..errors import OptionError
+from .parts import Site
+
+
+@strict
+class MoekitConfig(PreTrainedConfig):
+    """Sizes as in stock families. What differs from layer to layer is a list with one entry per layer.
+
+    ``router`` names the router's parts (see ``nn.router``), ``balance`` its auxiliary terms ({name: {weight, options}}),
+    ``correction`` the loss-free bias; ``others`` lists experts of other kinds (``["zero", "copy"]``); ``dense_layers`` have one
+    feed-forward of ``intermediate_size`` instead; ``attention`` and ``wiring`` name those parts. Parts are named as
+    :mod:`moekit.nn.parts` says.
+    """
+
+    model_type = "moekit"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 256
+    intermediate_size: int = 1024
+    moe_intermediate_size: int = 128
+    shared_expert_intermediate_size: int = 0
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    qk_norm: bool = False
+    num_experts: int | list[int] = 16
+    num_experts_per_tok: int | list[int] = 2
+    dense_layers: list[int] | None = None
+    others: list[str] | None = None
+    router: dict | None = None
+    balance: dict | None = None
+    correction: dict | None = None
+    wiring: str | dict = "residual"
+    attention: str | dict | list = "softmax"
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    rope_parameters: dict | None = None
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
+
+    def site(self, layer: int) -> Site:
+        """What the parts of one MoE layer are told about it.
+
+        Raises :class:`OptionError` for sizes that do not fit together.
+        """
+        return Site(
+            hidden_size=self.hidden_size,
+            intermediate_size=self.moe_intermediate_size,
+            num_experts=self._at("num_experts", layer),
+            top_k=self._at("num_experts_per_tok", layer),
+            choices=self._at("num_experts", layer) + len(self.others or ()),
+            layer=layer,
+            num_layers=self.num_hidden_layers,
+            vocab_size=self.vocab_size,
+            activation=self.hidden_act,
+        )
+
+    def attention_of(self, layer: int) -> str | dict:
+        """The kind of attention of a layer."""
+        return self._at("attention", layer)
+
+    def _at(self, name: str, layer: int) -> Any:
+        value = getattr(self, name)
+        if not isinstance(value, list):
+            return value
+        if len(value) != self.num_hidden_layers:
+            raise OptionError(f"{name} lists {len(value)} layers, and the model has {self.num_hidden_layers}")
+        return value[layer]
+
+
+AutoConfig.register(MoekitConfig.model_type, MoekitConfig, exist_ok=True)

@@ -1,0 +1,58 @@
+"""What flows through a model beside the hidden states: a context per layer, and a carry from layer to layer.
+
+The carry is the one mutable thing in a :class:`~moekit.contract.Context`. A layer copies it before it writes, so that a
+layer may be run again (recomputation) without counting anything twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..contract import Context, Routing
+
+
+@dataclass
+class Carry:
+    """``state``: tensors that parts hand to the next layer, by name; ``losses``: auxiliary terms summed over layers,
+    already weighted; ``load``: int64 [E] of each MoE layer so far; ``routing``: of the last MoE layer."""
+
+    state: dict[str, Tensor] = field(default_factory=dict)
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    load: list[Tensor] = field(default_factory=list)
+    routing: Routing | None = None
+
+    def copy(self) -> Carry:
+        return Carry(dict(self.state), dict(self.losses), list(self.load), self.routing)
+
+    def lose(self, name: str, value: Tensor) -> None:
+        """Add to the loss called ``name``."""
+        self.losses[name] = self.losses[name] + value if name in self.losses else value
+
+
+def begin(batch: int, length: int, device: torch.device, **fields: Any) -> Context:
+    """The context of flat tokens [B * S]: their sequence, and an empty carry; other fields as given."""
+    sequence = torch.arange(batch, device=device).repeat_interleave(length)
+    return Context(sequence=sequence, extra={"carry": Carry()}, **fields)
+
+
+def carry(context: Context) -> Carry:
+    """The carry of a context; a throw-away one where none was begun."""
+    found = context.extra.get("carry")
+    return found if isinstance(found, Carry) else Carry()
+
+
+def within(context: Context) -> Context:
+    """The same context with a carry of its own, for one layer to write to; ``previous`` is the last layer's routing."""
+    own = carry(context).copy()
+    return replace(context, previous=own.routing, extra={**context.extra, "carry": own})
+
+
+def extended(context: Context, **extra: Any) -> Context:
+    """The context with more in ``extra``."""
+    merged: Mapping[str, Any] = {**context.extra, **extra}
+    return replace(context, extra=merged)

@@ -1,0 +1,116 @@
+"""One MoE layer: a router decides, experts compute, balance terms listen.
+
+Shapes by suffix: T tokens, H hidden size, E experts with weights, K slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..contract import Context, Routing
+from .balance import Seen
+from .correction import Correction
+from .flow import begin, carry
+from .router import Router
+
+
+class MoE(nn.Module):
+    """``y = sum_i w_i E_i(x) + shared(x)``.
+
+    Args:
+        router: chooses among the experts, then among ``others``; may use any number of slots per token.
+        experts: called with (x [T, H], ids [T, K], weights [T, K]); the id E marks a slot it has nothing to do for.
+        shared: what every token passes besides.
+        others: experts of other kinds, one choice each, with the ids from E on: called with the rows [M, H] of their tokens,
+            they return as many, or None for zeros.
+        balance: terms by name, each with the weight its value is multiplied by; they go to the carry's losses while training.
+        correction: moves the router's bias after each optimizer step (:meth:`finish_step`).
+    """
+
+    count_E: Tensor
+
+    def __init__(
+        self,
+        router: Router,
+        experts: nn.Module,
+        *,
+        shared: nn.Module | None = None,
+        others: Sequence[nn.Module] = (),
+        balance: Mapping[str, tuple[float, nn.Module]] | None = None,
+        correction: Correction | None = None,
+    ) -> None:
+        super().__init__()
+        self.gate, self.experts = router, experts
+        self.shared_expert = shared
+        self.others = nn.ModuleList(others)
+        balance = balance or {}
+        self.balance = nn.ModuleDict({name: term for name, (_, term) in balance.items()})
+        self.weight_of = {name: weight for name, (weight, _) in balance.items()}
+        self.correction = correction
+        self.register_buffer("count_E", torch.zeros(router.num_experts, dtype=torch.int64), persistent=False)
+
+    @property
+    def num_experts(self) -> int:
+        """Experts with weights, the others not counted."""
+        return self.gate.num_experts - len(self.others)
+
+    def forward(self, hidden_states: Tensor, context: Context | None = None, gate: Router | None = None) -> Tensor:
+        """[.., H]. ``gate`` routes instead of the layer's own router (several passes over the same experts)."""
+        x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        context = context or begin(1, len(x_TH), x_TH.device)
+        router = gate or self.gate
+        routing = router.routing(router(x_TH, context))
+        y_TH = self.routed(x_TH, routing)
+        self._tell(x_TH, routing, router, context)
+        if self.shared_expert is not None:
+            y_TH = y_TH + self.shared_expert(x_TH)
+        return y_TH.reshape(hidden_states.shape)
+
+    def routed(self, x_TH: Tensor, routing: Routing) -> Tensor:
+        """What the chosen experts add [T, H], of every kind."""
+        count = self.num_experts
+        own = routing.used & (routing.expert < count)
+        expert = torch.where(own, routing.expert, count)
+        y_TH = self.experts(x_TH, expert, routing.weight * own)
+        for number, other in enumerate(self.others, start=count):
+            token, slot = torch.where(routing.expert == number)
+            rows = other(x_TH[token])
+            if rows is not None:
+                y_TH = y_TH.index_add(0, token, (rows * routing.weight[token, slot, None]).to(y_TH.dtype))
+        return y_TH
+
+    def finish_step(self) -> None:
+        """The optimizer has stepped: correct the bias by what was counted since, and count anew."""
+        if self.correction is not None and self.gate.bias is not None:
+            self.correction.step(self.gate.bias, gathered(self.count_E), self.gate.pool)
+        self.count_E.zero_()
+
+    def _tell(self, x_TH: Tensor, routing: Routing, router: Router, context: Context) -> None:
+        flow = carry(context)
+        flow.routing = routing
+        count = routing.counts(router.num_experts)
+        flow.load.append(count)
+        if not self.training:
+            return
+        self.count_E += count
+        seen = Seen(x_TH, routing, router, self.experts, context)
+        for name, term in self.balance.items():
+            flow.lose(name, self.weight_of[name] * term(seen))
+
+
+def gathered(count_E: Tensor) -> Tensor:
+    """Counts summed over all ranks, where there are several."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        count_E = count_E.clone()
+        torch.distributed.all_reduce(count_E)
+    return count_E
+
+
+def finish_step(model: nn.Module) -> None:
+    """Tell every part that keeps something from step to step that the optimizer has stepped."""
+    for module in model.modules():
+        if hasattr(module, "finish_step"):
+            module.finish_step()

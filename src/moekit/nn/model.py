@@ -1,0 +1,275 @@
+"""The composable MoE language model: every choice of architecture is a named part of its configuration.
+
+Shapes by suffix: B sequences, S positions, H hidden size, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM
+
+from ..contract import Context
+from ..errors import OptionError
+from .attention import ATTENTIONS
+from .balance import BALANCES
+from .config import MoekitConfig
+from .correction import Correction
+from .experts import KINDS, Experts, FeedForward
+from .flow import begin, carry, within
+from .layer import MoE
+from .parts import Site, make
+from .router import Router
+from .wiring import WIRINGS
+
+
+@dataclass
+class MoekitModelOutput(MoeModelOutputWithPast):
+    """``losses``: auxiliary terms while training, weighted and summed over layers; ``expert_load``: int64 [E] per MoE layer."""
+
+    losses: dict[str, Tensor] | None = None
+    expert_load: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class MoekitOutput(MoeCausalLMOutputWithPast):
+    """``loss`` is the cross-entropy plus ``losses``."""
+
+    losses: dict[str, Tensor] | None = None
+    expert_load: tuple[Tensor, ...] | None = None
+
+
+def moe_layer(config: MoekitConfig, layer: int) -> MoE:
+    """The MoE layer that a configuration describes."""
+    site = config.site(layer)
+    shared = config.shared_expert_intermediate_size
+    return MoE(
+        Router(site, config.router, corrected=config.correction is not None),
+        Experts(config, site),
+        shared=FeedForward(config.hidden_size, shared, config.hidden_act) if shared else None,
+        others=[make("expert", KINDS, kind, site) for kind in config.others or ()],
+        balance={name: balance_term(name, spec, site) for name, spec in (config.balance or {}).items()},
+        correction=None if config.correction is None else make("", {"": Correction}, {"kind": "", **config.correction}),
+    )
+
+
+def balance_term(name: str, spec: Mapping[str, Any] | float, site: Site) -> tuple[float, nn.Module]:
+    """(weight, term): a number is the weight alone; ``kind`` is the name unless it says otherwise."""
+    options = {"weight": spec} if isinstance(spec, int | float) else dict(spec)
+    weight = options.pop("weight", None)
+    if not isinstance(weight, int | float):
+        raise OptionError(f"balance {name!r} needs a weight: {name} = 0.01, or {name} = {{weight = 0.01, ...}}")
+    return float(weight), make("balance", BALANCES, {"kind": name, **options}, site)
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """Attention, then an MoE layer or one feed-forward; each reads the normed stream and is wired back into it."""
+
+    def __init__(self, config: MoekitConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = make("attention", ATTENTIONS, config.attention_of(layer), config, layer)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        dense = layer in (config.dense_layers or ())
+        self.mlp = (
+            FeedForward(config.hidden_size, config.intermediate_size, config.hidden_act)
+            if dense
+            else moe_layer(config, layer)
+        )
+        self.wiring = make("wiring", WIRINGS, "residual" if dense else config.wiring, config.site(layer))
+
+    def forward(self, hidden_states: Tensor, context: Context, **attention: Any) -> tuple[Tensor, Context]:
+        """(hidden states, the context for the next layer)."""
+        context = within(context)
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), context, **attention)
+        return self.wiring(hidden_states, self.post_attention_layernorm, self.mlp, context), context
+
+
+class RotaryEmbedding(nn.Module):
+    """(cos, sin) [B, S, D] of positions, for every scaling that transformers knows."""
+
+    inv_freq: Tensor
+
+    def __init__(self, config: MoekitConfig) -> None:
+        super().__init__()
+        self.config = config
+        inv_freq, self.scaling = self.start()
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+
+    def start(self) -> tuple[Tensor, float]:
+        parameters = self.config.rope_parameters or {}
+        kind = parameters.get("rope_type", "default")
+        if kind != "default":
+            return ROPE_INIT_FUNCTIONS[kind](self.config)
+        exponent = torch.arange(0, self.config.head_dim, 2, dtype=torch.float) / self.config.head_dim
+        return 1.0 / parameters.get("rope_theta", 10000.0) ** exponent, 1.0
+
+    def initialise(self, std: float) -> None:
+        init.copy_(self.inv_freq, self.start()[0])
+
+    @torch.no_grad()
+    def forward(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        angle = position_ids[..., None].float() * self.inv_freq.to(hidden_states.device).float()
+        both = torch.cat((angle, angle), dim=-1)
+        return (both.cos() * self.scaling).to(hidden_states.dtype), (both.sin() * self.scaling).to(hidden_states.dtype)
+
+
+class MoekitPreTrainedModel(PreTrainedModel):
+    config: MoekitConfig
+    config_class = MoekitConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """moekit's kernels, unless others are asked for."""
+        return super().get_correct_experts_implementation(requested_experts or "moekit")
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if hasattr(module, "initialise"):
+            module.initialise(self.config.initializer_range)
+
+
+class MoekitModel(MoekitPreTrainedModel):
+    """The decoder without its head."""
+
+    def __init__(self, config: MoekitConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)])
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @property
+    def can_cache(self) -> bool:
+        """Whether a key-value cache is all that generation must keep (no part says ``cached = False``)."""
+        return all(getattr(module, "cached", True) for module in self.layers.modules())
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        modality_ids: Tensor | None = None,
+        task_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MoekitModelOutput:
+        """``modality_ids`` and ``task_ids`` [B, S] reach every router's context."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None and self.can_cache and not self.training:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(embeds.shape[1], device=embeds.device)[None] + past
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        context = self._context(embeds, input_ids, attention_mask, position_ids, modality_ids, task_ids)
+        hidden, position = embeds, self.rotary_emb(embeds, position_ids)
+        for layer in self.layers:
+            hidden, context = layer(
+                hidden,
+                context,
+                position_embeddings=position,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        flow = carry(context)
+        return MoekitModelOutput(
+            last_hidden_state=self.norm(hidden),
+            past_key_values=past_key_values,
+            losses=flow.losses,
+            expert_load=tuple(flow.load),
+        )
+
+    def _context(self, embeds: Tensor, ids: Any, mask: Any, position: Tensor, modality: Any, task: Any) -> Context:
+        batch, length = embeds.shape[:2]
+        padding = None
+        if mask is not None and mask.dim() == 2:
+            padding = (mask[:, -length:] == 0).reshape(-1)
+        flat = {"input_ids": ids, "modality": modality, "task": task, "position": position.expand(batch, -1)}
+        return begin(
+            batch,
+            length,
+            embeds.device,
+            padding=padding,
+            **{name: None if value is None else value.reshape(-1) for name, value in flat.items()},
+        )
+
+
+class MoekitForCausalLM(MoekitPreTrainedModel, GenerationMixin):
+    """The decoder and its head. ``loss`` includes the balance terms while training."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MoekitConfig) -> None:
+        super().__init__(config)
+        self.model = MoekitModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_router_logits: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> MoekitOutput:
+        """``labels`` are shifted here, as everywhere in transformers; -100 is left out."""
+        number = kwargs.pop("num_items_in_batch", None)
+        out = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            extra = {} if number is None else {"num_items_in_batch": number}
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **extra)
+            loss = loss + sum(out.losses.values())
+        return MoekitOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            losses=out.losses,
+            expert_load=out.expert_load,
+        )
+
+
+AutoModel.register(MoekitConfig, MoekitModel, exist_ok=True)
+AutoModelForCausalLM.register(MoekitConfig, MoekitForCausalLM, exist_ok=True)

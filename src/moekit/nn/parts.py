@@ -1,0 +1,64 @@
+"""How a configuration names its parts, and what each part is told about the place it gets.
+
+A part is named by a word ("top-k") or by a table with its options ({kind = "top-p", p = 0.4}); every part's class takes
+the :class:`Site` first and its options by keyword.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ..errors import OptionError
+
+Part = TypeVar("Part")
+Spec = str | Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """The place of a part: one MoE layer of a model.
+
+    ``num_experts`` counts experts with stacked weights, ``choices`` all that a router may choose (those, then experts
+    of other kinds); ``layer`` is the number of the decoder layer out of ``num_layers``.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int = 1
+    choices: int = 0
+    layer: int = 0
+    num_layers: int = 1
+    vocab_size: int = 0
+    activation: str = "silu"
+
+    def __post_init__(self) -> None:
+        if self.num_experts < 1:
+            raise OptionError(f"{self.num_experts} experts: an MoE layer needs one at least")
+        object.__setattr__(self, "choices", max(self.choices, self.num_experts))
+        if not 1 <= self.top_k <= self.choices:
+            raise OptionError(f"top-k of {self.top_k} among {self.choices} experts: give 1 to {self.choices}")
+
+
+def make(what: str, table: Mapping[str, Callable[..., Part]], spec: Spec, *given: Any) -> Part:
+    """The part of ``table`` that ``spec`` names, built with ``given`` and the options of the spec.
+
+    Raises :class:`OptionError` for a name that is not in the table, an option the part does not have, or a missing one.
+    """
+    options = {"kind": spec} if isinstance(spec, str) else dict(spec)
+    kind = options.pop("kind", None)
+    if kind not in table:
+        raise OptionError(f"{what} {kind!r} is not known: choose one of {', '.join(sorted(table))}")
+    parameters = inspect.signature(table[kind]).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    for name in options:
+        if name not in known:
+            has = f"has {', '.join(known)}" if known else "has no options"
+            raise OptionError(f"{what} {kind!r} has no option {name!r}: it {has}")
+    for p in parameters:
+        if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in options:
+            raise OptionError(f"{what} {kind!r} needs the option {p.name!r}")
+    return table[kind](*given, **options)

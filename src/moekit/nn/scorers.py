@@ -1,0 +1,72 @@
+"""The first stage of a router: logits [T, E] from hidden states [T, H].
+
+Shapes by suffix: T tokens, H hidden size, E choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from ..contract import Context
+from .parts import Site
+
+
+class Linear(nn.Module):
+    """``x W^T``, with ``bias`` added where asked; ``frozen`` leaves it at its random start (SMoE-Dropout)."""
+
+    def __init__(self, site: Site, *, bias: bool = False, frozen: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(site.choices, site.hidden_size), requires_grad=not frozen)
+        self.bias = nn.Parameter(torch.zeros(site.choices), requires_grad=not frozen) if bias else None
+
+    def initialise(self, std: float) -> None:
+        init.normal_(self.weight, mean=0.0, std=std)
+
+    def forward(self, x_TH: Tensor, context: Context) -> Tensor:
+        return F.linear(x_TH, self.weight, self.bias)
+
+
+class MLP(nn.Module):
+    """``W2 f(W1 x)`` through ``width`` units (ModuleFormer: 256 and GELU)."""
+
+    def __init__(self, site: Site, *, width: int = 256, activation: str = "gelu") -> None:
+        super().__init__()
+        from transformers.activations import ACT2FN
+
+        self.inner = nn.Linear(site.hidden_size, width, bias=False)
+        self.act_fn = ACT2FN[activation]
+        self.weight = nn.Parameter(torch.zeros(site.choices, width))
+
+    def initialise(self, std: float) -> None:
+        init.normal_(self.weight, mean=0.0, std=std)
+
+    def forward(self, x_TH: Tensor, context: Context) -> Tensor:
+        return F.linear(self.act_fn(self.inner(x_TH)), self.weight)
+
+
+class Cosine(nn.Module):
+    """``cos(x, w_e) / temperature`` with the temperature learnt (X-MoE)."""
+
+    def __init__(self, site: Site, *, temperature: float = 0.3) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(site.choices, site.hidden_size))
+        self.start = temperature
+        self.temperature = nn.Parameter(torch.tensor(temperature))
+
+    def initialise(self, std: float) -> None:
+        init.normal_(self.weight, mean=0.0, std=std)
+        init.constant_(self.temperature, self.start)
+
+    def forward(self, x_TH: Tensor, context: Context) -> Tensor:
+        return F.linear(F.normalize(x_TH, dim=-1), F.normalize(self.weight, dim=-1)) / self.temperature
+
+
+SCORERS: dict[str, Callable[..., Any]] = {"linear": Linear, "mlp": MLP, "cosine": Cosine}
+"""By the name a configuration gives. A scorer is called with (x_TH, context); ``initialise(std)`` sets its own
+parameters; what it keeps for the next layer goes into ``flow.carry(context).state``."""

@@ -1,0 +1,90 @@
+"""The second stage of a router: which experts, as ids [T, K] padded with PAD, from scores [T, E].
+
+A selection bias ([E] or [T, E]) is added to what is ranked and touches nothing else. -inf forbids a choice, and a token
+that may choose nothing gets PAD. Shapes by suffix: T tokens, K slots, E choices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..contract import PAD, Context
+from ..errors import OptionError
+from .parts import Site
+
+
+def ranked(scores_TE: Tensor, bias: Tensor | None) -> Tensor:
+    """What is sorted: scores plus bias; NaN, which no comparison orders, counts as least."""
+    out = scores_TE if bias is None else scores_TE + bias.to(scores_TE.dtype)
+    return out.masked_fill(out.isnan(), -math.inf)
+
+
+def best(ranks_TE: Tensor, k: int) -> Tensor:
+    """int64 [T, min(k, E)]: the highest ranks, highest first; PAD where fewer are allowed."""
+    values, expert = ranks_TE.topk(min(k, ranks_TE.shape[1]), dim=1)
+    return expert.masked_fill(values == -math.inf, PAD)
+
+
+def kept(scores_TE: Tensor, keep_TE: Tensor) -> Tensor:
+    """int64 [T, K]: every choice marked in a bool mask, highest score first; K is the most that any token keeps."""
+    width = int(keep_TE.sum(1).max()) if keep_TE.numel() else 0
+    return best(scores_TE.masked_fill(~keep_TE, -math.inf), max(width, 1))
+
+
+class TopK(nn.Module):
+    """The ``k`` highest; the layer's own k where none is given."""
+
+    def __init__(self, site: Site, *, k: int | None = None) -> None:
+        super().__init__()
+        self.k = site.top_k if k is None else k
+        if not 1 <= self.k <= site.choices:
+            raise OptionError(f"top-k of {self.k} among {site.choices} experts: give 1 to {site.choices}")
+
+    def forward(self, scores_TE: Tensor, context: Context, bias: Tensor | None = None) -> Tensor:
+        return best(ranked(scores_TE, bias), self.k)
+
+
+class TopP(nn.Module):
+    """The smallest set whose scores reach ``p``, one choice at least and ``most`` at most.
+
+    Harder Tasks Need More Experts (top-p-route): t = min{m : sum of the m highest >= p}. Scores must sum to 1.
+    """
+
+    def __init__(self, site: Site, *, p: float = 0.4, most: int | None = None) -> None:
+        super().__init__()
+        if not 0 < p <= 1:
+            raise OptionError(f"p={p} is a share of the probability: give more than 0 and at most 1")
+        self.p, self.most = p, site.choices if most is None else most
+
+    def forward(self, scores_TE: Tensor, context: Context, bias: Tensor | None = None) -> Tensor:
+        expert = best(ranked(scores_TE, bias), self.most)
+        mass = scores_TE.gather(1, expert.clamp(min=0)).masked_fill(expert == PAD, 0)
+        before = mass.cumsum(1) - mass
+        expert = expert.masked_fill((before >= self.p) & (before > 0), PAD)
+        used = int((expert != PAD).sum(1).max()) if len(expert) else 1
+        return expert[:, : max(used, 1)]
+
+
+class Grouped(nn.Module):
+    """The ``k / groups`` highest in each of ``groups`` equal groups of neighbours: every group equally loaded (MoGE)."""
+
+    def __init__(self, site: Site, *, groups: int, k: int | None = None) -> None:
+        super().__init__()
+        self.groups, self.k = groups, site.top_k if k is None else k
+        if groups < 1 or site.choices % groups or self.k % groups:
+            raise OptionError(f"{groups} groups do not divide {site.choices} experts and {self.k} slots evenly")
+
+    def forward(self, scores_TE: Tensor, context: Context, bias: Tensor | None = None) -> Tensor:
+        ranks = ranked(scores_TE, bias).unflatten(1, (self.groups, -1))
+        values, inner = ranks.topk(self.k // self.groups, dim=-1)
+        first = torch.arange(self.groups, device=ranks.device)[:, None] * ranks.shape[-1]
+        return (inner + first).masked_fill(values == -math.inf, PAD).flatten(1)
+
+
+SELECTORS: dict[str, Callable[..., Any]] = {"top-k": TopK, "top-p": TopP, "grouped": Grouped}
+"""By the name a configuration gives; called with (scores_TE, context, bias)."""

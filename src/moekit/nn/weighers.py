@@ -1,0 +1,63 @@
+"""The third stage of a router: combine weights [T, K] of the chosen.
+
+Shapes by suffix: T tokens, K slots, E choices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..contract import PAD, Context
+from .parts import Site
+
+
+def chosen(values_TE: Tensor, expert_TK: Tensor, fill: float = 0.0) -> Tensor:
+    """Values of the chosen [T, K]; ``fill`` in unused slots."""
+    return values_TE.gather(1, expert_TK.clamp(min=0)).masked_fill(expert_TK == PAD, fill)
+
+
+class Scores(nn.Module):
+    """The scores of the chosen, made to sum to 1 with ``normalise``, times ``scale``."""
+
+    def __init__(self, site: Site, *, normalise: bool = True, scale: float = 1.0) -> None:
+        super().__init__()
+        self.normalise, self.scale = normalise, scale
+
+    def forward(self, logits_TE: Tensor, scores_TE: Tensor, expert_TK: Tensor, context: Context) -> Tensor:
+        weight = chosen(scores_TE, expert_TK)
+        if self.normalise:
+            weight = weight / weight.sum(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
+        return weight * self.scale
+
+
+class Chosen(nn.Module):
+    """A softmax over the logits of the chosen alone, times ``scale``."""
+
+    def __init__(self, site: Site, *, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, logits_TE: Tensor, scores_TE: Tensor, expert_TK: Tensor, context: Context) -> Tensor:
+        wide = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
+        weight = chosen(wide, expert_TK, -math.inf).softmax(1)
+        return weight.masked_fill(expert_TK == PAD, 0) * self.scale
+
+
+class Ones(nn.Module):
+    """1 for every chosen expert: a sum of slices (a dense layer cut in pieces), times ``scale``."""
+
+    def __init__(self, site: Site, *, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, logits_TE: Tensor, scores_TE: Tensor, expert_TK: Tensor, context: Context) -> Tensor:
+        return (expert_TK != PAD).to(scores_TE.dtype) * self.scale
+
+
+WEIGHERS: dict[str, Callable[..., Any]] = {"scores": Scores, "chosen": Chosen, "ones": Ones}
+"""By the name a configuration gives; called with (logits_TE, scores_TE, expert_TK, context)."""
