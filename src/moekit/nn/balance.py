@@ -2,6 +2,7 @@
 
 Shapes by suffix: T tokens, H hidden size, E choices, B sequences.
 """
+# ruff: noqa: N802, N815 (shape suffixes in the names of fields)
 
 from __future__ import annotations
 
@@ -76,9 +77,9 @@ class Load(nn.Module):
     """``E * sum_i f_i P_i``: f the shares of assignments, P the mean probabilities; 1 at balance, E for one expert.
 
     Switch Transformer, equations 4 to 6, for any number of slots: f divides by all assignments. ``scope`` says over
-    what f and P are taken: each "sequence" (then the mean), the "micro" batch, all micro-batches "accumulated" since the last
-    update, or those of all ranks too ("global"; Demons in the Detail). The wider two count in f only: P is the micro-batch's,
-    which gives the gradient of the whole. ``probability`` is "softmax", or the router's own "scores".
+    what f and P are taken: each "sequence" (then the mean), the "micro" batch, all micro-batches "accumulated" since
+    the last update, or those of all ranks too ("global"; Demons in the Detail). The wider two widen f only: P is the
+    micro-batch's, which gives the gradient of the whole. ``probability``: "softmax", or the router's own "scores".
     """
 
     count_E: Tensor

@@ -16,10 +16,10 @@ from .parts import Site
 class MoekitConfig(PreTrainedConfig):
     """Sizes as in stock families. What differs from layer to layer is a list with one entry per layer.
 
-    ``router`` names the router's parts (see ``nn.router``), ``balance`` its auxiliary terms ({name: {weight, options}}),
-    ``correction`` the loss-free bias; ``others`` lists experts of other kinds (``["zero", "copy"]``); ``dense_layers`` have one
-    feed-forward of ``intermediate_size`` instead; ``attention`` and ``wiring`` name those parts. Parts are named as
-    :mod:`moekit.nn.parts` says.
+    ``router`` names the router's parts (see ``nn.router``), ``balance`` its auxiliary terms ({name: {weight,
+    options}}), ``correction`` the loss-free bias; ``others`` lists experts of other kinds (``["zero", "copy"]``);
+    ``dense_layers`` have one feed-forward of ``intermediate_size`` instead; ``attention`` and ``wiring`` name those
+    parts. Parts are named as :mod:`moekit.nn.parts` says.
     """
 
     model_type = "moekit"

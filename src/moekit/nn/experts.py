@@ -50,7 +50,7 @@ class Experts(nn.Module):
         for expert in range(self.num_experts):
             token, slot = torch.where(top_k_index == expert)
             if len(token):
-                inner = self._apply_gate(F.linear(hidden_states[token], self.gate_up_proj[expert]))  # type: ignore[operator]
+                inner = self._apply_gate(F.linear(hidden_states[token], self.gate_up_proj[expert]))
                 rows = F.linear(inner, self.down_proj[expert]) * top_k_weights[token, slot, None]
                 out = out.index_add(0, token, rows.to(out.dtype))
         return out
@@ -91,7 +91,7 @@ class Copy(nn.Module):
 
 
 class Constant(nn.Module):
-    """``a1 x + a2 v`` with a learnt vector v and ``[a1, a2] = softmax(W x)`` (MoE++, equation of its constant expert)."""
+    """``a1 x + a2 v`` with a learnt vector v and ``[a1, a2] = softmax(W x)`` (MoE++, its constant expert)."""
 
     def __init__(self, site: Site) -> None:
         super().__init__()

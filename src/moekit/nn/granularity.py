@@ -27,5 +27,5 @@ class Token(nn.Module):
 
 
 GRANULARITIES: dict[str, Callable[..., Any]] = {"token": Token}
-"""By the name a configuration gives; called with (x_TH, scorer, context), returns logits [T, E]. A part (of any kind)
-that needs more than the key-value cache to go on generating says ``cached = False``; then the whole text is run anew."""
+"""By the name a configuration gives; called with (x_TH, scorer, context), returns logits [T, E]. A part of any
+kind that needs more than the key-value cache to go on generating says ``cached = False``; the text is then run anew."""

@@ -24,13 +24,13 @@ class MoE(nn.Module):
         router: chooses among the experts, then among ``others``; may use any number of slots per token.
         experts: called with (x [T, H], ids [T, K], weights [T, K]); the id E marks a slot it has nothing to do for.
         shared: what every token passes besides.
-        others: experts of other kinds, one choice each, with the ids from E on: called with the rows [M, H] of their tokens,
-            they return as many, or None for zeros.
-        balance: terms by name, each with the weight its value is multiplied by; they go to the carry's losses while training.
+        others: experts of other kinds, one choice each, with the ids from E on: called with the rows [M, H] of their
+            tokens, they return as many, or None for zeros.
+        balance: terms by name, each with the weight of its value; they go to the carry's losses while training.
         correction: moves the router's bias after each optimizer step (:meth:`finish_step`).
     """
 
-    count_E: Tensor
+    count_E: Tensor  # noqa: N815
 
     def __init__(
         self,

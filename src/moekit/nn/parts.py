@@ -49,7 +49,7 @@ def make(what: str, table: Mapping[str, Callable[..., Part]], spec: Spec, *given
     Raises :class:`OptionError` for a name that is not in the table, an option the part does not have, or a missing one.
     """
     options = {"kind": spec} if isinstance(spec, str) else dict(spec)
-    kind = options.pop("kind", None)
+    kind = str(options.pop("kind", None))
     if kind not in table:
         raise OptionError(f"{what} {kind!r} is not known: choose one of {', '.join(sorted(table))}")
     parameters = inspect.signature(table[kind]).parameters.values()

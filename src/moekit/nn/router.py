@@ -86,7 +86,7 @@ class Router(nn.Module):
         """(logits [T, E], weights [T, K], ids [T, K]); an unused slot has the id E and weight 0."""
         routing = route(self, hidden_states, self.entered(hidden_states, context))
         expert, weight = routing.stock(self.num_experts)
-        return routing.logits, weight.to(hidden_states.dtype), expert  # type: ignore[return-value]
+        return routing.logits, weight.to(hidden_states.dtype), expert
 
     def entered(self, x_TH: Tensor, context: Context | None) -> Context:
         """The context of one pass through the three stages, which may look at the hidden states too."""

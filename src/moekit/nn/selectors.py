@@ -71,7 +71,7 @@ class TopP(nn.Module):
 
 
 class Grouped(nn.Module):
-    """The ``k / groups`` highest in each of ``groups`` equal groups of neighbours: every group equally loaded (MoGE)."""
+    """The ``k / groups`` highest in each of ``groups`` equal groups of neighbours: all groups equally loaded (MoGE)."""
 
     def __init__(self, site: Site, *, groups: int, k: int | None = None) -> None:
         super().__init__()
