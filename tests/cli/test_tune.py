@@ -43,7 +43,7 @@ def test_what_was_found_is_used(model):
     used = paging(opened).store.policy
     assert isinstance(getattr(used, "inner", used), ARC)
     defaults.folder().joinpath(f"{checkpoint.fingerprint}.json").write_text("{")
-    assert defaults.remembered(checkpoint) == defaults.USUAL
+    assert defaults.remembered(checkpoint) is None
 
 
 def test_bad_input(refused, model, text):

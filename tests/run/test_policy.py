@@ -1,9 +1,11 @@
 """Cache policies do what their names say, and pools share a cache out among layers."""
 
+import numpy as np
 import pytest
 
-from moekit.errors import OptionError
+from moekit.errors import OptionError, ProfileError
 from moekit.run._policies_pools import LayerPools
+from moekit.run.defaults import usual
 from moekit.run.policy import policy
 
 
@@ -82,8 +84,63 @@ def test_what_the_store_holds_back_is_no_victim():
         ("lrv", "unknown cache policy 'lrv'; did you mean 'lru'"),
         ("lru:pol=layer", "lru has no option 'pol'; did you mean 'pool'"),
         ("lru:pool=half", "lru: pool=half is not layer or global"),
+        ("lru:_clock=3", "lru has no option '_clock'"),
+        ("lru:quota=2+1", "lru has no option 'quota'; did you mean 'quotas'"),
+        ("lru:quotas=2+x", r"quotas=2\+x are not numbers, such as 4\+2\+1"),
+        ("lru:quotas=0+0", r"quotas=0\+0: none may be below 0, and not all of them 0"),
+        ("lru:quotas=2+-1", r"quotas=2\+-1: none may be below 0"),
+        ("lru:hot=1.5", r"hot=1.5: give a share of all experts above 0 and at most 1, or a number of them"),
+        ("lru:hot=0", r"hot=0: give a share"),
     ],
 )
 def test_wrong_specifications_name_the_nearest(spec, message):
     with pytest.raises(OptionError, match=message):
         policy(spec)
+
+
+@pytest.mark.parametrize("spec", ["lru:quotas=3+1", "lru:pool=global,quotas=3+1", "lfu:quotas=3+1"])
+def test_quotas_divide_the_cache_and_the_last_holds_for_all_further_layers(spec):
+    requests = [(layer, [e]) for e in range(10) for layer in (0, 1, 2)]
+    _, resident = drive(policy(spec), requests, 10)
+    assert [sum(layer == own for own, _ in resident) for layer in (0, 1, 2)] == [6, 2, 2]
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    """A profile of two layers of four experts, of which (1, 2) and (0, 3) are chosen most."""
+    from moekit.profile import Profile
+    from moekit.profile.layer import LayerProfile
+
+    counts = [[5.0, 1.0, 2.0, 7.0], [3.0, 0.0, 9.0, 1.0]]
+    layers = {
+        f"layer{i}": LayerProfile(f"layer{i}", i, 4, 1, ("text",), {"counts": np.reshape(one, (1, 1, 1, 4)) / 4.0})
+        for i, one in enumerate(counts)
+    }
+    path = tmp_path_factory.mktemp("seen") / "seen.profile"
+    Profile("f" * 64, "some", ("text",), layers).save(path)
+    return path
+
+
+def test_hot_experts_of_a_profile_go_last(seen):
+    cycle = [(layer, [e]) for e in (0, 1, 2, 3, 0, 1) for layer in (0, 1)]
+    for hot, kept in (("0.25", {(1, 2), (0, 3)}), ("1", {(1, 2)}), ("0.5", {(1, 2), (0, 3), (0, 0), (1, 0)})):
+        _, resident = drive(policy(f"lru:pool=global,pinned={seen},hot={hot}"), cycle, 5)
+        assert kept <= resident
+    # all of them pinned: one goes nevertheless
+    assert len(drive(policy(f"lru:pinned={seen},hot=1.0"), cycle, 3)[1]) == 3
+
+
+def test_a_profile_of_another_model_is_refused(seen, tmp_path):
+    policy(f"lru:pinned={seen}", "f" * 64)
+    with pytest.raises(ProfileError, match="the profile is of another model"):
+        policy(f"lru:pinned={seen}", "0" * 64)
+    with pytest.raises(ProfileError, match=r"none\.profile"):
+        policy(f"lru:pinned={tmp_path / 'none.profile'}")
+
+
+def test_the_usual_choice_depends_on_what_fits():
+    assert [str(usual(share, 4)) for share in (1.0, 0.5, 0.49)] == [
+        "lru",
+        "multi-term, 4 ahead",
+        "score-aware, 4 ahead",
+    ]

@@ -19,7 +19,9 @@ Memory = Annotated[str | None, typer.Option("--memory", metavar="SIZE", help=MEM
 Policy = Annotated[
     str | None,
     typer.Option(
-        "--policy", metavar="POLICY", help="Which experts make room: lru, arc ... Default: what `tune` found, else lru."
+        "--policy",
+        metavar="POLICY[:KEY=VALUE,...]",
+        help="Which experts make room: lru, arc, lfu:pinned=FILE ... Default: what `tune` found, else by what fits.",
     ),
 ]
 Ahead = Annotated[

@@ -54,7 +54,7 @@ def values_of(name: str, kind: type, options: str) -> dict[str, Any]:
 
 def _value(name: str, kind: type, key: str, text: str) -> Any:
     hints = typing.get_type_hints(kind)
-    known = [field.name for field in fields(kind)]
+    known = [field.name for field in fields(kind) if field.init]
     if key not in known:
         raise OptionError(f"{name} has no option '{key}'; {nearest(key, known)}")
     accepted = _kinds(hints[key])

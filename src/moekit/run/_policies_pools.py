@@ -13,11 +13,12 @@ class LayerPools(CachePolicy):
 
     A layer that holds its share or more gives up one of its own. One that holds less takes from the layer that is
     furthest above its share, so unused room is never idle and shares fill up by themselves. A batch that pins all of
-    its own layer's residents borrows in the same way. ``weights`` by layer index are relative shares, equal where
-    None; the cache is taken to be as large as what is resident when a victim is asked for.
+    its own layer's residents borrows in the same way. ``weights`` are relative shares, equal where None: by layer
+    index, or a sequence whose last one holds for all further layers. The cache is taken to be as large as what is
+    resident when a victim is asked for.
     """
 
-    def __init__(self, inner: CachePolicy, weights: Mapping[int, float] | None = None) -> None:
+    def __init__(self, inner: CachePolicy, weights: Mapping[int, float] | Sequence[float] | None = None) -> None:
         self.inner, self.weights = inner, weights
         self._layers: defaultdict[int, set[Key]] = defaultdict(set)
 
@@ -57,4 +58,7 @@ class LayerPools(CachePolicy):
     def _share(self, layer: int, capacity: int) -> int:
         if self.weights is None:
             return capacity // len(self._layers)
-        return int(capacity * self.weights.get(layer, 0.0) / (sum(self.weights.values()) or 1.0) + 1e-9)
+        weights = self.weights
+        if not isinstance(weights, Mapping):
+            weights = {known: weights[min(known, len(weights) - 1)] for known in self._layers}
+        return int(capacity * weights.get(layer, 0.0) / (sum(weights.values()) or 1.0) + 1e-9)

@@ -1,4 +1,4 @@
-"""How a model is paged unless one says otherwise: what tuning found for it on this machine."""
+"""How a model is paged unless one says otherwise: what tuning found for it on this machine, else what is usual."""
 
 from __future__ import annotations
 
@@ -22,7 +22,15 @@ class Choice:
         return f"{self.policy}, {self.ahead} ahead" if self.ahead else self.policy
 
 
-USUAL = Choice("lru")
+def usual(share: float, top_k: int) -> Choice:
+    """For a model that nobody tuned, with memory for a ``share`` of its experts.
+
+    As replayed traces of the embedded model had it: several terms from half of the experts on, averaged router scores
+    below, and a token's worth of experts read ahead. Where all fit there is nothing to choose.
+    """
+    if share >= 1:
+        return Choice("lru")
+    return Choice("multi-term" if share >= 0.5 else "score-aware", top_k)
 
 
 def folder() -> Path:
@@ -43,10 +51,10 @@ def remember(checkpoint: Checkpoint, choice: Choice) -> Path:
     return path
 
 
-def remembered(checkpoint: Checkpoint) -> Choice:
-    """What was kept for a model, or :data:`USUAL`; a file that says nothing sensible counts as none."""
+def remembered(checkpoint: Checkpoint) -> Choice | None:
+    """What was kept for a model; a file that says nothing sensible counts as none."""
     try:
         found = json.loads((folder() / f"{checkpoint.fingerprint}.json").read_text("utf-8"))
         return Choice(str(found["policy"]), int(found["ahead"]))
     except (OSError, ValueError, KeyError, TypeError):
-        return USUAL
+        return None

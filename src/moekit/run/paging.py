@@ -27,7 +27,7 @@ from moekit.run._predictors_gate import NextGate
 from moekit.run._room import working_bytes
 from moekit.run._stand_in import Read, StandIns, TwoPools, open_stand_ins
 from moekit.run._tiers import Paged, largest, paged, paged_parameters, used
-from moekit.run.defaults import Choice, remembered
+from moekit.run.defaults import remembered, usual
 from moekit.run.policy import CachePolicy
 from moekit.run.policy import policy as named
 from moekit.run.predict import Predictor, Signal
@@ -134,10 +134,10 @@ def load(
     Args:
         ref: a folder, a cached hub id, ``moekit:NAME`` or an open checkpoint; in its family's own files.
         memory: cap on the peak resident set of the whole process: bytes, "4GB", or None for all experts in memory.
-        policy: which experts make room for others, see :func:`moekit.run.policy`; None for what
-            tuning found for this model, or the usual one.
-        ahead: how many experts of the next layer are read while one computes, as its router would choose now;
-            None as ``policy``.
+        policy: which experts make room for others, see :func:`moekit.run.policy`; None for what tuning found for this
+            model, else what is usual for the share of experts that fits (:func:`moekit.run.defaults.usual`).
+        ahead: how many experts of the next layer are read while one computes, as its router would choose now; None for
+            what goes with the policy that was found, none with a policy that is named.
         context: tokens, prompt and answer together, of all sequences of a batch, that memory is set aside for.
         dtype: of the weights in memory; the checkpoint's own if None.
         threads: how many experts are read at the same time.
@@ -156,9 +156,7 @@ def load(
     if (stand_in is None) != (read is None) or (stand_in is not None and ahead):
         raise OptionError("stand-ins need a checkpoint (stand_in) and a rule (read), and nothing read ahead (ahead=0)")
     limit = cap(memory)
-    usual = remembered(checkpoint) if policy is None else Choice("lru")
-    chosen = policy if isinstance(policy, CachePolicy) else named(policy or usual.policy)
-    width = (usual.ahead if stand_in is None else 0) if ahead is None else ahead
+    first = policy if isinstance(policy, CachePolicy) else named(policy or "lru", checkpoint.fingerprint)
 
     warm_up(dtype or checkpoint.scheme.dtype)
 
@@ -171,16 +169,16 @@ def load(
     stand_ins: StandIns | None = None
     if stand_in is not None and read is not None:
         stand_ins = StandIns(open_stand_ins(stand_in, checkpoint, found, model.dtype), read)
-        layers, chosen = [*layers, *stand_ins.tiers], TwoPools(chosen, len(found))
+        layers = [*layers, *stand_ins.tiers]
     smallest, working = max(max(layer.charge) for layer in layers), working_bytes(model, checkpoint, context)
-    store = ExpertStore(layers, smallest, chosen, threads)
-    paging = Paging(store, found, width=width, context=context, stand_ins=stand_ins)
-    paging.predictor = NextGate([block.choose for block in found]) if width else None
+    store = ExpertStore(layers, smallest, first, threads)
+    paging = Paging(store, found, context=context, stand_ins=stand_ins)
     _install(model, paging)
     limit.require(working, "a context")
     room = limit.room()
     budget = paging.expert_bytes if room is None else room + paging.store.held_bytes - working
     paging.store.resize(min(budget, paging.expert_bytes))
+    _page_by(paging, checkpoint, None if policy is None else first, ahead)
     model.__dict__["_moekit_paging"] = paging
     return model
 
@@ -190,6 +188,18 @@ def paging(model: PreTrainedModel) -> Paging:
     if "_moekit_paging" not in model.__dict__:
         raise OptionError(f"the experts of this {type(model).__name__} are not paged: open it with moekit.load")
     return model.__dict__["_moekit_paging"]
+
+
+def _page_by(paging: Paging, checkpoint: Checkpoint, policy: CachePolicy | None, ahead: int | None) -> None:
+    """Who makes room and how much is read ahead, now that it is known how much fits."""
+    if policy is None:
+        share = paging.store.budget / paging.expert_bytes
+        choice = remembered(checkpoint) or usual(share, paging.blocks[0].top_k)
+        policy, ahead = named(choice.policy, checkpoint.fingerprint), choice.ahead if ahead is None else ahead
+    exact = paging.stand_ins is None
+    paging.store.clear(policy if exact else TwoPools(policy, len(paging.blocks)))
+    paging.width = (ahead or 0) if exact else 0
+    paging.predictor = NextGate([block.choose for block in paging.blocks]) if paging.width else None
 
 
 def _layer(checkpoint: Checkpoint, block: MoEBlock) -> MoELayer:

@@ -1,7 +1,7 @@
 """Cache policies: which resident expert makes room for another. Pure state machines, the same in replay and for real.
 
 A store tells a policy what is routed, admitted and evicted, and asks it for victims. Policies by name and options:
-``policy("lru")``, ``policy("decayed-lfu:decay=0.9")``.
+``policy("lru")``, ``policy("decayed-lfu:decay=0.9")``, ``policy("lfu:pinned=mine.profile,hot=0.05,quotas=2+1")``.
 """
 # ruff: noqa: B027 (hooks that need not be filled)
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
+from dataclasses import fields, make_dataclass
 from typing import Any
 
 from moekit.errors import OptionError
@@ -66,13 +67,15 @@ def policies() -> tuple[str, ...]:
     return tuple(_POLICIES)
 
 
-def policy(spec: str) -> CachePolicy:
+def policy(spec: str, source: str | None = None) -> CachePolicy:
     """A fresh policy from ``name`` or ``name:key=value,key=value``; OptionError names the nearest valid choice.
 
     Those whose option ``pool`` is ``layer`` (the default of most) choose victims within a layer's fair share of the
-    cache; see :class:`moekit.run._policies_pools.LayerPools`.
+    cache; see :class:`moekit.run._policies_pools.LayerPools`. All of them take ``pinned=PROFILE``, ``hot`` and
+    ``quotas`` as well, see :class:`moekit.run._policies_spec.Around`; ``source`` is the fingerprint of the model that
+    the profile must be of.
     """
-    from moekit.run._policies_pools import LayerPools
+    from moekit.run._policies_spec import Around
 
     name, _, options = spec.partition(":")
     name = name.strip()
@@ -80,5 +83,7 @@ def policy(spec: str) -> CachePolicy:
         raise OptionError(f"unknown cache policy '{name}'; {nearest(name, _POLICIES)}")
     module, _, kind = _POLICIES[name].partition(":")
     found: type[Any] = getattr(importlib.import_module(module), kind)
-    made = found(**values_of(name, found, options))
-    return LayerPools(made) if made.pool == "layer" else made
+    values = values_of(name, make_dataclass(name, [], bases=(found, Around)), options)
+    around = Around(**{field.name: values.pop(field.name) for field in fields(Around) if field.name in values})
+    made = found(**values)
+    return around.put(made, made.pool == "layer", source)
