@@ -3,6 +3,7 @@
 import pytest
 import rank_groups
 
+from moekit.lab.experiments._spread import grouped
 from moekit.parallel import Grid, World
 from moekit.parallel._groups import degree_for
 
@@ -46,3 +47,14 @@ def test_degrees():
     assert [degree_for(experts, world) for experts in (1, 2, 3, 5, 6, 64)] == [1, 2, 2, 2, 6, 6]
     assert degree_for(64, world, 2) == 2
     assert degree_for(64, world, 3) == 2  # groups of 3 would cut nodes of 2
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_layers_in_groups_equal_one_process(four_ranks, size):
+    for found in four_ranks.ask(grouped, size):
+        assert max(found.values()) < 1e-12, found
+
+
+def test_layers_in_groups_of_two_ranks(two_ranks):
+    for found in two_ranks.ask(grouped, 1):
+        assert max(found.values()) < 1e-12, found

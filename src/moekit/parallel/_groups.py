@@ -55,12 +55,12 @@ def degree_for(num_experts: int, world: World, most: int | None = None) -> int:
 
 
 @torch.no_grad()
-def sum_gradients(world: World, parameters: Iterable[torch.nn.Parameter]) -> None:
+def sum_gradients(world: World, parameters: Iterable[Tensor]) -> None:
     """Sum over all ranks of a world, in one message; a parameter without a gradient here takes part with zeros."""
     parts = [p for p in parameters if p.requires_grad]
     if not parts or world.size == 1:
         return
-    flat: Tensor = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parts])
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parts])
     with world.waiting("summing gradients"):
         dist.all_reduce(flat, group=world.tokens)
     for parameter, grad in zip(parts, flat.split([p.numel() for p in parts]), strict=True):

@@ -11,7 +11,7 @@ Differs: slots of all choices draw alike, and a dropped token's other slots are 
     is no expert is taken from the first of the two models, or weighed. ZeRO and offload of optimiser state are
     elsewhere (hecate, se-moe), tensor parallelism is not here.
 Claim: models 8x larger on the same hardware; random token selection converges better; 10B parameters, 50 languages.
-Shown: not tried
+Shown: lab.experiments.ds_moe_multitask
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ from moekit.contract import PAD, Routing
 from moekit.formats import DenseBank
 from moekit.kernels._layer import Layer
 from moekit.kernels.training import autograd
-from moekit.parallel import Engine, World, shard
+from moekit.parallel import Engine, Groups, Layout, World, shard
+from moekit.parallel._groups import sum_gradients
 
 HIDDEN, INNER, SLOTS, TOKENS = 6, 8, 2, 23
 RELU = Activation("relu", torch.relu, gated=False)
@@ -124,31 +125,42 @@ class Clock:
         return {"wall": statistics.median(self.wall), "cpu": statistics.median(self.cpu)}
 
 
-def exact(engine: Engine, whole: DenseBank) -> dict[str, float]:
+def exact(engine: Engine, whole: DenseBank, across: World | None = None) -> dict[str, float]:
     """:func:`worst` over all routings."""
     found: dict[str, float] = {}
     for kind in ROUTINGS:
-        for name, gap in worst(engine, whole, kind).items():
+        for name, gap in worst(engine, whole, kind, across).items():
             found[name] = max(found.get(name, 0.0), gap)
     return found
 
 
-def worst(engine: Engine, whole: DenseBank, kind: str) -> dict[str, float]:
-    """Largest difference to the single process relative to the largest number there, by what is compared."""
-    here = engine.world
-    share = shard(whole, engine.layout, here.rank)
+def grouped(size: int) -> dict[str, float]:
+    """On a rank: :func:`exact` for experts spread inside groups of ``size`` ranks, gradients summed across them."""
+    groups = Groups.of(world(), size)
+    return exact(Engine(groups.inside, Layout.contiguous(6, size)), bank(6), groups.across)
+
+
+def worst(engine: Engine, whole: DenseBank, kind: str, across: World | None = None) -> dict[str, float]:
+    """Largest difference to the single process relative to the largest number there, by what is compared.
+
+    With ``across`` the engine runs inside one of several groups, and the single process is that of all ranks.
+    """
+    here, own = engine.world if across is None else world(), engine.world.rank
+    share = shard(whole, engine.layout, own)
     share = replace(share, **{name: t.detach().requires_grad_() for name, t in share.tensors().items()})
     x, routing = batch(kind, here.rank, whole.num_experts)
     x, weight = x.to(whole.dtype).requires_grad_(), routing.weight.to(whole.dtype).requires_grad_()
     out = engine.forward(share, x, routing.with_weight(weight))
     loss(out).backward()
+    if across is not None:
+        sum_gradients(across, share.tensors().values())
     outs, inputs, banks = single(whole, kind, here.size)
     found = {
         "out": _gap(out, outs[here.rank]),
         "x": _gap(x.grad, inputs[here.rank]),
         "weight": _gap(weight.grad, inputs[here.size + here.rank]),
     }
-    wanted = shard(replace(whole, **dict(zip(whole.tensors(), banks, strict=True))), engine.layout, here.rank)
+    wanted = shard(replace(whole, **dict(zip(whole.tensors(), banks, strict=True))), engine.layout, own)
     for name, tensor in wanted.tensors().items():
         found[name] = _gap(share.tensors()[name].grad, tensor)
     with torch.no_grad():
