@@ -35,7 +35,7 @@ from .wiring import WIRINGS
 
 @dataclass
 class MoekitModelOutput(MoeModelOutputWithPast):
-    """``losses``: auxiliary terms while training, weighted, summed over layers; ``expert_load``: int64 [E] per layer."""
+    """``losses``: auxiliary terms while training, weighted, summed over layers; ``expert_load``: int64 [E] a layer."""
 
     losses: dict[str, Tensor] | None = None
     expert_load: tuple[Tensor, ...] | None = None
