@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -43,3 +46,27 @@ def test_public_names():
     assert callable(moekit.profile)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = moekit.nonsense
+
+
+READ_ONLY = """
+import torch
+from moekit.formats.numba_cache import KEEPS
+from moekit.kernels import warm_up
+warm_up(torch.float32)
+assert not KEEPS
+"""
+
+
+def test_kernels_run_where_nothing_can_be_kept_on_disk(tmp_path):
+    """A copy of the package in which compiled functions have no place: neither beside it nor in the user's cache."""
+    pytest.importorskip("numba")
+    package = tmp_path / "moekit"
+    shutil.copytree(Path(moekit.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__", "data"))
+    for room in ("formats", "kernels"):
+        (package / room / "__pycache__").write_text("no folder")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "HOME": os.devnull, "XDG_CACHE_HOME": os.devnull}
+    environment.pop("NUMBA_CACHE_DIR", None)
+    done = subprocess.run(
+        [sys.executable, "-c", READ_ONLY], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

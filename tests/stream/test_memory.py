@@ -81,8 +81,8 @@ torch.set_num_threads(1)
 from moekit.checkpoint import Checkpoint
 from moekit.errors import BudgetError
 from moekit.stream import StreamedModel, memory, peak_rss, rss
-from moekit.stream._warm import warm
-warm()
+from moekit.kernels import warm_up
+warm_up(torch.bfloat16, torch.float32)
 checkpoint = Checkpoint.open(sys.argv[1])
 batches = [{"input_ids": torch.arange(256).view(2, 128) % 96 + n} for n in range(3)]
 total = sum(info.nbytes for info in checkpoint.tensors.values())

@@ -6,8 +6,10 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from .numba_cache import KEEPS
 
-@njit(nogil=True, cache=True)
+
+@njit(nogil=True, cache=KEEPS)
 def encode(pairs_NP, child):
     """Codes [N, P + 1] where a run ends before this pair, else -1."""
     rows, pairs = pairs_NP.shape
@@ -27,7 +29,7 @@ def encode(pairs_NP, child):
     return ended
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=KEEPS)
 def unpack(codes, offsets, words, out_NB):
     """Two bits a weight, low bits first; false, with nothing to rely on, where codes do not add up to rows.
 

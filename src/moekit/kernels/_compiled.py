@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numba import carray, cfunc, from_dtype, njit, types
 
+from ..formats.numba_cache import KEEPS
 from . import _codes, _inner, _inner_codes, _inner_int8, _inner_rows, _simd, _tables
 from ._codes import rounds as rounds
 from ._inner import (
@@ -114,7 +115,7 @@ def by_rows(kind: str, sources: str = SOURCES):
     """Products with weights [N, K] as they lie, row after row."""
     in_codes = rounds(kind)
 
-    @cfunc(_JOB, cache=True)
+    @cfunc(_JOB, cache=KEEPS)
     def run(pointer):
         made_from(sources)
         job = carray(pointer, 1)[0]
@@ -148,7 +149,7 @@ def by_rows(kind: str, sources: str = SOURCES):
 def by_panels(kind: str, sources: str = SOURCES):
     """Products with panels of weights [K, 32]: ``stride`` bytes between rows of a panel, ``groups`` between panels."""
 
-    @cfunc(_JOB, cache=True)
+    @cfunc(_JOB, cache=KEEPS)
     def run(pointer):
         made_from(sources)
         job = carray(pointer, 1)[0]
@@ -171,7 +172,7 @@ def by_panels(kind: str, sources: str = SOURCES):
 def by_columns(kind: str, sources: str = SOURCES):
     """Products x @ W with weights [K, N] as they lie, a few rows at a time; ``out`` is zero before."""
 
-    @cfunc(_JOB, cache=True)
+    @cfunc(_JOB, cache=KEEPS)
     def run(pointer):
         made_from(sources)
         job = carray(pointer, 1)[0]
@@ -193,7 +194,7 @@ def by_columns(kind: str, sources: str = SOURCES):
 def by_int8(sources: str = SOURCES):
     """Products with int8 weights in panels [N / 32, K / 4, 32, 4] and x rounded to bytes."""
 
-    @cfunc(_JOB, cache=True)
+    @cfunc(_JOB, cache=KEEPS)
     def run(pointer):
         made_from(sources)
         job = carray(pointer, 1)[0]

@@ -14,7 +14,9 @@ from math import gcd
 from numba import njit
 from numpy import float32, int32
 
-compiled = njit(nogil=True, fastmath=True, cache=True)
+from ..formats.numba_cache import KEEPS
+
+compiled = njit(nogil=True, fastmath=True, cache=KEEPS)
 
 
 @cache

@@ -13,9 +13,11 @@ from functools import cache
 from numba import njit
 from numpy import empty, float32, int32, int64
 
+from ..formats.numba_cache import KEEPS
+
 NONE = float32(0)
 
-compiled = njit(nogil=True, fastmath=True, cache=True)
+compiled = njit(nogil=True, fastmath=True, cache=KEEPS)
 
 
 @compiled

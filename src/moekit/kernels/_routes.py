@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from numba import carray, cfunc, from_dtype, njit, types
 
+from ..formats.numba_cache import KEEPS
 from ._compiled import PANEL, SOURCES, built, code_size, record
 from ._inner import floats, made_from, take, word
 from ._inner_int8 import round_bytes, round_words
@@ -37,7 +38,7 @@ def rounded(bits: str, sources: str = SOURCES):
     """
     words = bits == "16"
 
-    @cfunc(_MOVE, cache=True)
+    @cfunc(_MOVE, cache=KEEPS)
     def run(pointer):
         made_from(sources)
         job = carray(pointer, 1)[0]
@@ -59,7 +60,7 @@ def rounded(bits: str, sources: str = SOURCES):
 def gather(sources: str = SOURCES):
     """y[row] = x[token of the row], a strip of columns per task."""
 
-    @cfunc(_MOVE, cache=True)
+    @cfunc(_MOVE, cache=KEEPS)
     def run(pointer):
         made_from(sources)
         job = carray(pointer, 1)[0]
@@ -79,7 +80,7 @@ def gather(sources: str = SOURCES):
 def combine(sources: str = SOURCES):
     """x[token of the row] += weight * y[row], row after row, a strip of columns per task."""
 
-    @cfunc(_MOVE, cache=True)
+    @cfunc(_MOVE, cache=KEEPS)
     def run(pointer):
         made_from(sources)
         job = carray(pointer, 1)[0]
@@ -97,7 +98,7 @@ def combine(sources: str = SOURCES):
     return run
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=KEEPS, nogil=True)
 def sort(index_S, experts, pair_S, start_E):
     """Counting sort of the flat routing: places by expert, in order; ids outside 0..E-1 are left out.
 
@@ -117,7 +118,7 @@ def sort(index_S, experts, pair_S, start_E):
             filled[e] += 1
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=KEEPS, nogil=True)
 def share(start_E, kind_E, kind, low, high, columns, threads, most, table):
     """Tasks [.., 5] of the experts of one kind for rows ``low`` to ``high``; returns how many.
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..bank import SILU_MUL, ExpertBank
+from ..bank import ExpertBank
 from ..contract import Routing
 from ..formats import DenseBank, LatentBank, LowRankBank, NestedBank, PackedBank, TernaryBank
 from . import _drive
@@ -55,10 +55,14 @@ def forward(bank: ExpertBank, x_TH: Tensor, routing: Routing) -> Tensor:
     return _drive.forward(products_of(bank), x_TH, routing.expert, routing.weight)
 
 
-def warm_up(dtype: torch.dtype) -> None:
-    """Load (or compile) what plain experts of ``dtype`` run on, for few rows and for many: from then on its memory is
-    held, and nobody waits for it."""
-    bank = DenseBank(torch.zeros(2, 128, 64, dtype=dtype), torch.zeros(2, 64, 64, dtype=dtype), None, None, SILU_MUL)
-    for rows in (1, 64):
-        expert = torch.arange(rows)[:, None] % 2
-        forward(bank, torch.zeros(rows, 64, dtype=dtype), Routing(expert, torch.ones(rows, 1, dtype=dtype)))
+def warm_up(*dtypes: torch.dtype) -> None:
+    """Run tiny layers of plain experts, few rows and many: what that loads or compiles is resident from then on.
+
+    Compiled kernels with what compiles them are over 100 MB: a cap that was reckoned without them would be exceeded, or
+    refused, once they are there. And nobody waits for them later.
+    """
+    for dtype in dtypes:
+        bank = DenseBank(torch.zeros(2, 128, 64, dtype=dtype), torch.zeros(2, 64, 64, dtype=dtype))
+        for rows in (1, 64):
+            expert = torch.arange(rows)[:, None] % 2
+            forward(bank, torch.zeros(rows, 64, dtype=dtype), Routing(expert, torch.ones(rows, 1, dtype=dtype)))

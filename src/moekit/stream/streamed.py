@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from moekit.checkpoint import Checkpoint
 from moekit.errors import UnsupportedModelError
+from moekit.kernels import warm_up
 from moekit.stream import _footprint as footprint
 from moekit.stream import memory
 from moekit.stream._anatomy import anatomy
 from moekit.stream._lockstep import Batch, walk
 from moekit.stream._skeleton import CheckpointSource, call, forget, keeps_last, live_skeleton
-from moekit.stream._warm import warm
 from moekit.stream._weights import Weights, keys_under
 
 USUAL_BATCH = (4, 512)
@@ -78,7 +78,7 @@ class StreamedModel:
         self._itemsize = self.model.dtype.itemsize
         usual = {"input_ids": torch.empty(USUAL_BATCH, dtype=torch.int64, device="meta")}
         if self.cap.limit is not None:
-            warm()
+            warm_up(torch.bfloat16, torch.float32)
             held, later = beside(self) if beside is not None else (0, 0)
             named = held + max(later, self.needed_bytes(usual, logits=False))
             self.cap.require(self.weight_bytes(), "the largest layer", named=named)
