@@ -13,6 +13,7 @@ from moekit.kernels.rewrites import (
     AuxiliaryVectors,
     BitWidths,
     PrefixMask,
+    ProjectionVectors,
     RatioSkip,
     Rewrite,
     TopSlots,
@@ -41,6 +42,7 @@ def heads() -> list[Rewrite]:
         RatioSkip(0.4, 9.0),
         PrefixMask(draw(K, H + K), draw(K)),
         AuxiliaryVectors(draw(E, H), 2),
+        ProjectionVectors(draw(E, H), draw(E, H), draw(E, INNER), 2),
         BitWidths((2, 3, 4), draw(E, 3, H), draw(E, 3)),
     ]
 
@@ -188,6 +190,7 @@ def test_widths_share_their_planes() -> None:
     ("make", "message"),
     [
         (lambda: RatioSkip(-1.0), r"ratio=-1.0 must be a number from 0 \(nothing is skipped\) up"),
+        (lambda: ProjectionVectors.ones(E, H, INNER, 0), "main=0 leaves nothing to run: keep at least 1 slot"),
         (lambda: AuxiliaryVectors(torch.ones(E, H), 0), "main=0 leaves nothing to run: keep at least 1 slot"),
         (
             lambda: BitWidths((2, 3), torch.ones(E, 2, H), torch.ones(E, 2)).runs(bank()),

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ..bank import Activation, ExpertBank
-from ..errors import OptionError
+from ..errors import OptionError, UnsupportedModelError
 from ..formats import allocate, with_tensors
 from ._arrivals import Arrivals
 from ._drive import Products, forward
 from ._layer import activation_of, check_decorated, in_its_dtype
 from .rewrites import Rewrite, allocate_rewrite
 from .run import products_of
+from .scaled import scaled
 
 
 class BankExperts(nn.Module):
@@ -97,18 +98,30 @@ class BankExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
             raise OptionError("stored experts have no backward: call the model under torch.no_grad()")
+        scales = None
         if self.rewrite is not None:
+            if self.rewrite.INSIDE:
+                scales = self.rewrite.scales(top_k_index, top_k_weights)
             hidden_states, top_k_index, top_k_weights = self.rewrite(hidden_states, top_k_index, top_k_weights)
         stored = self._stored(top_k_index)
         if self.serve is not None:
             return self.serve(hidden_states, stored, top_k_weights)
         if self._products is None:
             self._products = self._on(self.bank)
+        if scales is not None:
+            return scaled(self._products, hidden_states, stored, top_k_weights, scales)
         return forward(self._products, hidden_states, stored, top_k_weights)
 
     def arriving(self, bank: ExpertBank) -> Callable[[Tensor, Tensor, Tensor, Arrivals], Tensor]:
         """This module's experts on another bank of the same form, whose weights come while they are computed:
-        (hidden [T, H], stored experts [T, K], weights [T, K], arrivals) -> [T, H]."""
+        (hidden [T, H], stored experts [T, K], weights [T, K], arrivals) -> [T, H].
+
+        Raises :class:`UnsupportedModelError` where a rewrite scales what the matrices read one by one."""
+        if self.rewrite is not None and self.rewrite.INSIDE:
+            raise UnsupportedModelError(
+                f"experts whose matrices read inputs scaled apart ({self.rewrite.KIND}) cannot be paged: run this "
+                "model in memory"
+            )
         products = self._on(bank)
         return lambda x_TH, index_TK, weight_TK, arrivals: forward(
             products, x_TH, index_TK, weight_TK, arrivals=arrivals

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from ...errors import OptionError
-from ._rewrite import PAD, Rewrite, Routed, keep_slots, rank_of
+from ._rewrite import PAD, Rewrite, Routed, Scales, keep_slots, rank_of
 from .gate import ResidualGate
 from .slots import PrefixMask, RatioSkip, TopSlots
-from .vectors import AuxiliaryVectors
+from .vectors import AuxiliaryVectors, ProjectionVectors
 from .widths import BitWidths
 
 __all__ = [
@@ -24,10 +24,12 @@ __all__ = [
     "AuxiliaryVectors",
     "BitWidths",
     "PrefixMask",
+    "ProjectionVectors",
     "RatioSkip",
     "ResidualGate",
     "Rewrite",
     "Routed",
+    "Scales",
     "TopSlots",
     "allocate_rewrite",
     "keep_slots",
@@ -35,7 +37,8 @@ __all__ = [
 ]
 
 REWRITES: dict[str, type[Rewrite]] = {
-    kind.KIND: kind for kind in (TopSlots, ResidualGate, RatioSkip, PrefixMask, AuxiliaryVectors, BitWidths)
+    kind.KIND: kind
+    for kind in (TopSlots, ResidualGate, RatioSkip, PrefixMask, AuxiliaryVectors, ProjectionVectors, BitWidths)
 }
 
 

@@ -1,13 +1,13 @@
 """What every rewrite of a routing is, and what several of them do to slots.
 
-Shapes by suffix: T tokens, K slots, H hidden size.
+Shapes by suffix: T tokens, K slots, H hidden size, I intermediate size.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,25 @@ Routed = tuple[Tensor, Tensor, Tensor]
 """Input [T, H], expert ids [T, K] and combine weights [T, K]."""
 
 
+class Scales(NamedTuple):
+    """What each token multiplies the inputs of an expert's matrices by, whichever expert it is: ``gate`` and ``up``
+    [T, H], ``down`` [T, I]."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
 class Rewrite(nn.Module, ABC):
     """``KIND`` names it in descriptions; parameters are named as on disk under ``experts.rewrite``.
 
-    ``EXPANDS`` says whether rewritten ids name more than the layer's own experts (:meth:`runs`), ``LEARNS`` whether a
-    gradient of what the model computes reaches the parameters.
+    ``EXPANDS`` says whether rewritten ids name more than the layer's own experts (:meth:`runs`), ``INSIDE`` whether the
+    inputs of an expert's matrices are scaled apart (:meth:`scales`), ``LEARNS`` whether a gradient of what the model
+    computes reaches the parameters.
     """
 
     KIND: ClassVar[str]
+    INSIDE: ClassVar[bool] = False
     EXPANDS: ClassVar[bool] = False
     LEARNS: ClassVar[bool] = False
 
@@ -39,6 +50,10 @@ class Rewrite(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Routed: ...
+
+    def scales(self, index_TK: Tensor, weight_TK: Tensor) -> Scales:
+        """For the routing as it was before :meth:`forward`; only where ``INSIDE``."""
+        raise NotImplementedError
 
     def runs(self, bank: Any) -> Any:
         """The bank whose experts the rewritten ids name: the layer's own, unless a rewrite chooses more than slots."""
