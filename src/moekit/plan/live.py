@@ -1,7 +1,8 @@
 """What a plan costs, measured without writing anything: the model in memory computes as the plan's output would.
 
 Every expert of a live block is replaced by the stored expert its router row would call, rounded as it would be, and the
-rows the plan drops are masked; shapes stay, so one model serves for any number of plans.
+rows the plan drops are masked, those it blends written (``live_rows``); shapes stay, so one model serves for any number
+of plans.
 Shapes by suffix: N positions, V vocabulary.
 """
 
@@ -18,11 +19,11 @@ from torch.utils.hooks import RemovableHandle
 
 from moekit.blocks import Edit, MoEBlock, blocks
 from moekit.blocks.rewriting import attach
-from moekit.errors import PlanError
 from moekit.formats import DenseBank
 from moekit.plan.document import Plan
 from moekit.plan.edited import overwrite
 from moekit.plan.layer import LayerPlan
+from moekit.plan.live_rows import live_rows, standing, write_rows
 from moekit.plan.planner import Source
 from moekit.plan.recombine import stored
 from moekit.plan.rewriting import rewrite_of
@@ -122,13 +123,15 @@ class LiveLoss:
         self.become(Plan(source=self._source.fingerprint, layers={}))
 
     def _set(self, block: MoEBlock, plan: LayerPlan) -> None:
+        source, before = cast("Checkpoint", self._source), self._now.get(block.name)
+        overwrite(self._runner.model, source, before, plan)
+        write_rows(self._runner.model, source, source.layer(block.name), before, plan)
         self._mask(block, plan)
-        overwrite(self._runner.model, cast("Checkpoint", self._source), self._now.get(block.name), plan)
-        block.put(simulated(self._source.bank(block.name), plan))
+        block.put(simulated(source.bank(block.name), plan, block.groups))
 
     def _mask(self, block: MoEBlock, plan: LayerPlan) -> None:
         """Let only the rows be chosen that the plan keeps, and rewrite the routing if it says so."""
-        live = live_rows(plan)
+        live = live_rows(plan, block.groups)
         for handle in self._changes.pop(block.name, []):
             handle.remove()
         changes: list[Edit | RemovableHandle] = []
@@ -138,7 +141,7 @@ class LiveLoss:
             bank = None
             if rewrite.EXPANDS and plan.values is not None:
                 bank = plan.values.bank(activation=self._source.bank(block.name).activation)
-            changes.append(attach(rewrite, block, [row[0][0] for row in plan.rows], bank))
+            changes.append(attach(rewrite, block, standing(plan, block.groups), bank))
         self._changes[block.name] = changes
 
     def _log_probabilities(self) -> Iterator[Tensor]:
@@ -149,21 +152,10 @@ class LiveLoss:
             yield kept.float().log_softmax(-1).cpu()
 
 
-def simulated(bank: DenseBank, plan: LayerPlan) -> DenseBank:
-    """E experts of which number e computes what the plan's output does for source row e; masked rows keep any."""
-    made, live = stored(bank, plan), live_rows(plan)
+def simulated(bank: DenseBank, plan: LayerPlan, groups: tuple[int, int] | None) -> DenseBank:
+    """E experts of which number e computes what the plan's output does for the row at place e; masked rows keep any."""
+    made, live = stored(bank, plan), live_rows(plan, groups)
     return made.select([live.get(e, 0) for e in range(plan.num_experts)])
-
-
-def live_rows(plan: LayerPlan) -> dict[int, int]:
-    """Source row -> stored expert, for the rows that can be chosen. PlanError where rows are blended."""
-    live = {}
-    for row, slot in zip(plan.rows, plan.slots, strict=True):
-        if len(row) != 1 or row[0][1] != 1.0:
-            raise PlanError("a plan that blends router rows can only be measured once it is applied")
-        if slot >= 0:
-            live[row[0][0]] = slot
-    return live
 
 
 def batches(sequences: Sequence[np.ndarray], rows: int) -> Iterator[Tensor]:

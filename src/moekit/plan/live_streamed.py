@@ -19,7 +19,8 @@ from moekit.errors import BudgetError
 from moekit.formats import DenseBank
 from moekit.plan.edited import overwrite
 from moekit.plan.layer import LayerPlan
-from moekit.plan.live import KEPT_LOGITS, TOKENS, LiveLoss, batches, live_rows, some
+from moekit.plan.live import KEPT_LOGITS, TOKENS, LiveLoss, batches, some
+from moekit.plan.live_rows import live_rows, write_rows
 from moekit.plan.recombine import stored
 from moekit.stream import LoadedModel, StreamedModel, open_model
 from moekit.stream.memory import Cap, cap
@@ -116,6 +117,7 @@ class StreamedLoss(LiveLoss):
             if name.startswith(f"{path}.") and plan is not None and not plan.untouched:
                 rewrite(block, self._checkpoint, plan)
                 overwrite(self._runner.model, self._checkpoint, None, plan)
+                write_rows(self._runner.model, self._checkpoint, self._checkpoint.layer(name), None, plan)
 
 
 @torch.no_grad()
@@ -124,7 +126,7 @@ def rewrite(block: MoEBlock, source: Checkpoint, plan: LayerPlan) -> None:
     bank = block.bank()
     assert isinstance(bank, DenseBank)
     callers: dict[int, list[int]] = {}
-    for row, slot in live_rows(plan).items():
+    for row, slot in live_rows(plan, block.groups).items():
         callers.setdefault(slot, []).append(row)
     for slot, rows in callers.items():
         if rows == [plan.experts[slot].parts[0][0]] and plan.experts[slot].untouched and plan.values is None:

@@ -61,7 +61,7 @@ def _rows(checkpoint: Checkpoint, target: LayerTarget, tensor: RowTensor) -> Laz
     def make() -> Tensor:
         source = target.read(checkpoint, tensor.name).movedim(axis, 0)
         rows = [
-            torch.full_like(source[0], float("-inf")) if forbid and slot < 0 else _blend(source, row)
+            torch.full_like(source[0], float("-inf")) if forbid and slot < 0 else blend(source, row)
             for row, slot in zip(target.rows, target.slots, strict=True)
         ]
         return torch.cat([torch.stack(rows), source[tensor.rows :]]).movedim(0, axis).contiguous()
@@ -69,7 +69,8 @@ def _rows(checkpoint: Checkpoint, target: LayerTarget, tensor: RowTensor) -> Laz
     return Lazy(info.dtype, shape, make)
 
 
-def _blend(source: Tensor, row: Row | None) -> Tensor:
+def blend(source: Tensor, row: Row | None) -> Tensor:
+    """One row of the output from the source's rows along axis 0, summed in float32; zeros for padding."""
     if not row:
         return torch.zeros_like(source[0])
     if len(row) == 1 and row[0][1] == 1.0:

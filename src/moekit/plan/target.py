@@ -7,7 +7,7 @@ the source's precision), ``moekit`` (anything a plan can say), ``compressed-tens
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -229,12 +229,7 @@ def _packed(layer: MoELayer, plan: LayerPlan, wide: bool, dense: bool, own: bool
 def _widened(plan: LayerPlan, layer: MoELayer) -> LayerPlan:
     """The same layer with as many router rows as the source has, each kept row at the place of its heaviest source row
     (or one near it, in its group); the others are masked. Layers with different counts then share one config."""
-    size = layer.num_experts // (layer.groups[0] if layer.groups else 1)
-    place: dict[int, int] = {}
-    for index, row in enumerate(plan.rows):
-        wish = max(row, key=lambda part: part[1])[0]
-        free = (p for p in range(layer.num_experts) if p not in place)
-        place[min(free, key=lambda p: (p // size != wish // size, abs(p - wish)))] = index
+    place = {at: index for index, at in enumerate(places(plan.rows, layer.num_experts, layer.groups))}
     at = [place.get(position) for position in range(layer.num_experts)]
     return LayerPlan(
         num_experts=plan.num_experts,
@@ -245,6 +240,17 @@ def _widened(plan: LayerPlan, layer: MoELayer) -> LayerPlan:
         values=plan.values,
         rewrite=plan.rewrite,
     )
+
+
+def places(rows: Sequence[Row], num_experts: int, groups: tuple[int, int] | None) -> list[int]:
+    """Where each row stands among ``num_experts``: at its heaviest source row, or at one near that, in its group."""
+    size = num_experts // (groups[0] if groups else 1)
+    free, found = set(range(num_experts)), []
+    for row in rows:
+        wish = max(row, key=lambda part: part[1])[0]
+        found.append(min(free, key=lambda p: (p // size != wish // size, abs(p - wish), p)))
+        free.discard(found[-1])
+    return found
 
 
 def _dropped(checkpoint: Checkpoint, plan: Plan, layers: Mapping[str, LayerTarget]) -> dict[str, str]:
