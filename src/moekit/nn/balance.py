@@ -6,7 +6,7 @@ Shapes by suffix: T tokens, H hidden size, E choices, B sequences.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..contract import Context, Routing
 from ..errors import OptionError
-from .parts import Site
+from .parts import Site, make
 
 SCOPES = ("sequence", "micro", "accumulated", "global")
 
@@ -164,3 +164,12 @@ def variation(value_E: Tensor) -> Tensor:
 
 BALANCES: dict[str, Callable[..., Any]] = {"load": Load, "z": ZLoss, "entropy": Entropy, "importance": Importance}
 """By the name a configuration gives; called with :class:`Seen`, returns a number that is minimised."""
+
+
+def balance_term(name: str, spec: Mapping[str, Any] | float, site: Site) -> tuple[float, nn.Module]:
+    """(weight, term): a number is the weight alone; ``kind`` is the name unless it says otherwise."""
+    options = {"weight": spec} if isinstance(spec, int | float) else dict(spec)
+    weight = options.pop("weight", None)
+    if not isinstance(weight, int | float):
+        raise OptionError(f"balance {name!r} needs a weight: {name} = 0.01, or {name} = {{weight = 0.01, ...}}")
+    return float(weight), make("balance", BALANCES, {"kind": name, **options}, site)

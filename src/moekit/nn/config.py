@@ -18,8 +18,9 @@ class MoekitConfig(PreTrainedConfig):
 
     ``router`` names the router's parts (see ``nn.router``), ``balance`` its auxiliary terms ({name: {weight,
     options}}), ``correction`` the loss-free bias; ``others`` lists experts of other kinds (``["zero", "copy"]``);
-    ``dense_layers`` have one feed-forward of ``intermediate_size`` instead; ``attention`` and ``wiring`` name those
-    parts. Parts are named as :mod:`moekit.nn.parts` says.
+    ``dense_layers`` have one feed-forward of ``intermediate_size`` instead, other kinds of sublayer are named by
+    ``feed_forward``; ``memory`` is one sublayer that every layer is followed by; ``attention``, ``block`` and
+    ``wiring`` name those parts. Parts are named as :mod:`moekit.nn.parts` says.
     """
 
     model_type = "moekit"
@@ -43,6 +44,9 @@ class MoekitConfig(PreTrainedConfig):
     balance: dict | None = None
     correction: dict | None = None
     wiring: str | dict = "residual"
+    block: str | dict = "sequential"
+    feed_forward: str | dict | list = "moe"
+    memory: str | dict | None = None
     attention: str | dict | list = "softmax"
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
@@ -82,6 +86,10 @@ class MoekitConfig(PreTrainedConfig):
     def attention_of(self, layer: int) -> str | dict:
         """The kind of attention of a layer."""
         return self._at("attention", layer)
+
+    def feed_forward_of(self, layer: int) -> str | dict:
+        """The kind of what follows attention in a layer."""
+        return self._at("feed_forward", layer)
 
     def _at(self, name: str, layer: int) -> Any:
         value = getattr(self, name)

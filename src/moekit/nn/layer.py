@@ -25,7 +25,7 @@ class MoE(nn.Module):
         experts: called with (x [T, H], ids [T, K], weights [T, K]); the id E marks a slot it has nothing to do for.
         shared: what every token passes besides.
         others: experts of other kinds, one choice each, with the ids from E on: called with the rows [M, H] of their
-            tokens, they return as many, or None for zeros.
+            tokens, they return as many, or None for zeros; one with ``ordered = True`` also gets the rows' sequences [M].
         balance: terms by name, each with the weight of its value; they go to the carry's losses while training.
         correction: moves the router's bias after each optimizer step (:meth:`finish_step`).
     """
@@ -63,13 +63,13 @@ class MoE(nn.Module):
         context = context or begin(1, len(x_TH), x_TH.device)
         router = gate or self.gate
         routing = router.routing(router(x_TH, context))
-        y_TH = self.routed(x_TH, routing)
+        y_TH = self.routed(x_TH, routing, context)
         self._tell(x_TH, routing, router, context)
         if self.shared_expert is not None:
             y_TH = y_TH + self.shared_expert(x_TH)
         return y_TH.reshape(hidden_states.shape)
 
-    def routed(self, x_TH: Tensor, routing: Routing) -> Tensor:
+    def routed(self, x_TH: Tensor, routing: Routing, context: Context) -> Tensor:
         """What the chosen experts add [T, H], of every kind."""
         count = self.num_experts
         own = routing.used & (routing.expert < count)
@@ -77,7 +77,8 @@ class MoE(nn.Module):
         y_TH = self.experts(x_TH, expert, routing.weight * own)
         for number, other in enumerate(self.others, start=count):
             token, slot = torch.where(routing.expert == number)
-            rows = other(x_TH[token])
+            sequence = context.sequence if getattr(other, "ordered", False) else None
+            rows = other(x_TH[token]) if sequence is None else other(x_TH[token], sequence[token])
             if rows is not None:
                 y_TH = y_TH.index_add(0, token, (rows * routing.weight[token, slot, None]).to(y_TH.dtype))
         return y_TH
@@ -96,9 +97,13 @@ class MoE(nn.Module):
         if not self.training:
             return
         self.count_E += count
-        seen = Seen(x_TH, routing, router, self.experts, context)
-        for name, term in self.balance.items():
-            flow.lose(name, self.weight_of[name] * term(seen))
+        listen(self.balance, self.weight_of, Seen(x_TH, routing, router, self.experts, context))
+
+
+def listen(terms: Mapping[str, nn.Module], weights: Mapping[str, float], seen: Seen) -> None:
+    """Put the value of each balance term, times its weight, among the carry's losses."""
+    for name, term in terms.items():
+        carry(seen.context).lose(name, weights[name] * term(seen))
 
 
 def gathered(count_E: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ Shapes by suffix: B sequences, S positions, H hidden size, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,16 +20,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM
 
 from ..contract import Context
-from ..errors import OptionError
 from .attention import ATTENTIONS
-from .balance import BALANCES
+from .block import BLOCKS
 from .config import MoekitConfig
-from .correction import Correction
-from .experts import KINDS, Experts, FeedForward
 from .flow import begin, carry, within
-from .layer import MoE
-from .parts import Site, make
-from .router import Router
+from .parts import make
+from .sublayers import FEED_FORWARDS
 from .wiring import WIRINGS
 
 
@@ -49,50 +45,27 @@ class MoekitOutput(MoeCausalLMOutputWithPast):
     expert_load: tuple[Tensor, ...] | None = None
 
 
-def moe_layer(config: MoekitConfig, layer: int) -> MoE:
-    """The MoE layer that a configuration describes."""
-    site = config.site(layer)
-    shared = config.shared_expert_intermediate_size
-    return MoE(
-        Router(site, config.router, corrected=config.correction is not None),
-        Experts(config, site),
-        shared=FeedForward(config.hidden_size, shared, config.hidden_act) if shared else None,
-        others=[make("expert", KINDS, kind, site) for kind in config.others or ()],
-        balance={name: balance_term(name, spec, site) for name, spec in (config.balance or {}).items()},
-        correction=None if config.correction is None else make("", {"": Correction}, {"kind": "", **config.correction}),
-    )
-
-
-def balance_term(name: str, spec: Mapping[str, Any] | float, site: Site) -> tuple[float, nn.Module]:
-    """(weight, term): a number is the weight alone; ``kind`` is the name unless it says otherwise."""
-    options = {"weight": spec} if isinstance(spec, int | float) else dict(spec)
-    weight = options.pop("weight", None)
-    if not isinstance(weight, int | float):
-        raise OptionError(f"balance {name!r} needs a weight: {name} = 0.01, or {name} = {{weight = 0.01, ...}}")
-    return float(weight), make("balance", BALANCES, {"kind": name, **options}, site)
-
-
 class DecoderLayer(GradientCheckpointingLayer):
     """Attention, then an MoE layer or one feed-forward; each reads the normed stream and is wired back into it."""
 
     def __init__(self, config: MoekitConfig, layer: int) -> None:
         super().__init__()
+        site, dense = config.site(layer), layer in (config.dense_layers or ())
+        self.block = make("block", BLOCKS, config.block, site)
         self.self_attn = make("attention", ATTENTIONS, config.attention_of(layer), config, layer)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if self.block.norms == 1:
+            self.input_layernorm = nn.Identity()
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        dense = layer in (config.dense_layers or ())
-        self.mlp = (
-            FeedForward(config.hidden_size, config.intermediate_size, config.hidden_act)
-            if dense
-            else moe_layer(config, layer)
-        )
-        self.wiring = make("wiring", WIRINGS, "residual" if dense else config.wiring, config.site(layer))
+        kind = "dense" if dense else config.feed_forward_of(layer)
+        self.mlp = make("feed-forward", FEED_FORWARDS, kind, config, layer)
+        self.wiring = make("wiring", WIRINGS, "residual" if dense else config.wiring, site)
 
     def forward(self, hidden_states: Tensor, context: Context, **attention: Any) -> tuple[Tensor, Context]:
         """(hidden states, the context for the next layer)."""
         context = within(context)
-        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), context, **attention)
-        return self.wiring(hidden_states, self.post_attention_layernorm, self.mlp, context), context
+        attend = partial(self.self_attn, context=context, **attention)
+        return self.block(hidden_states, self, attend, context), context
 
 
 class RotaryEmbedding(nn.Module):
@@ -157,6 +130,9 @@ class MoekitModel(MoekitPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)])
+        self.memory = None
+        if config.memory is not None:
+            self.memory = make("memory", FEED_FORWARDS, config.memory, config, config.num_hidden_layers - 1)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
         self.gradient_checkpointing = False
@@ -208,6 +184,8 @@ class MoekitModel(MoekitPreTrainedModel):
                 past_key_values=past_key_values,
                 **kwargs,
             )
+            if self.memory is not None:
+                hidden = hidden + self.memory(hidden, context)
         flow = carry(context)
         return MoekitModelOutput(
             last_hidden_state=self.norm(hidden),

@@ -1,0 +1,58 @@
+"""What follows attention in a layer, in the kinds a configuration can name.
+
+Shapes by suffix: B sequences, S positions, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..contract import Context
+from .balance import balance_term
+from .correction import Correction
+from .experts import KINDS, Experts, FeedForward
+from .layer import MoE
+from .parts import make
+from .router import Router
+
+
+def moe_layer(config: Any, layer: int) -> MoE:
+    """The MoE layer that a configuration describes."""
+    site = config.site(layer)
+    return MoE(
+        Router(site, config.router, corrected=config.correction is not None),
+        Experts(config, site),
+        shared=shared_expert(config),
+        others=[make("expert", KINDS, kind, site) for kind in config.others or ()],
+        balance={name: balance_term(name, spec, site) for name, spec in (config.balance or {}).items()},
+        correction=None if config.correction is None else make("", {"": Correction}, {"kind": "", **config.correction}),
+    )
+
+
+def dense_layer(config: Any, layer: int) -> FeedForward:
+    """One feed-forward for every token."""
+    return FeedForward(config.hidden_size, config.intermediate_size, config.hidden_act)
+
+
+def shared_expert(config: Any) -> FeedForward | None:
+    """What every token passes besides, or None."""
+    width = config.shared_expert_intermediate_size
+    return FeedForward(config.hidden_size, width, config.hidden_act) if width else None
+
+
+class Nothing(nn.Module):
+    """Adds nothing: a layer of attention alone."""
+
+    def __init__(self, config: Any, layer: int) -> None:
+        super().__init__()
+
+    def forward(self, hidden_BSH: Tensor, context: Context | None = None) -> Tensor:
+        return torch.zeros_like(hidden_BSH)
+
+
+FEED_FORWARDS: dict[str, Callable[..., Any]] = {"moe": moe_layer, "dense": dense_layer, "nothing": Nothing}
+"""By the name a configuration gives; built with (config, layer), called with (hidden [.., H], context)."""
