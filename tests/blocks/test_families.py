@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 
 from families import FAMILIES, build
@@ -17,9 +16,6 @@ from moekit.contract import Context, RouterEdit, Routing, route
 from moekit.formats import DenseBank
 
 SUPPORTED = [family for family in FAMILIES if family not in UNSUPPORTED]
-
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
 
 
 class Family:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from outer_workers import said
+from outer_mistakes import said
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from moekit.parallel._outer_apart import apart

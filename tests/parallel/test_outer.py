@@ -1,11 +1,10 @@
 """OuterSync between three real processes: what the papers' equations give, the bytes they say, and what goes wrong."""
 
-import json
-
 import pytest
 import torch
-import torch.multiprocessing as mp
-from outer_workers import SCHEDULES, STEPS, WORLD, network, work
+from outer_by_hand import SCHEDULES, STEPS, WORLD, network
+from outer_processes import found_by
+from outer_work import work
 from torch import nn
 
 from moekit.errors import OptionError
@@ -19,15 +18,7 @@ from moekit.parallel.outer import OuterSync
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What each of the workers saw; the last one is killed at the end."""
-    folder = tmp_path_factory.mktemp("outer")
-    context = mp.get_context("spawn")
-    workers = [context.Process(target=work, args=(rank, str(folder)), daemon=True) for rank in range(WORLD)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(300)
-        worker.kill()
-    return [json.loads((folder / f"found {rank}.json").read_text()) for rank in range(WORLD)]
+    return found_by(work, WORLD, tmp_path_factory.mktemp("outer"))
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -1,10 +1,8 @@
 """SPES and Streaming DiLoCo (spes, streaming_diloco) between two real processes, under the stock Trainer."""
 
-import json
-
 import pytest
 import torch
-import torch.multiprocessing as mp
+from outer_processes import found_by
 from outer_rows import WORLD, work
 
 from moekit.errors import OptionError
@@ -14,15 +12,7 @@ from moekit.parallel.streaming_diloco import StreamingDiLoCo
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("rows")
-    context = mp.get_context("spawn")
-    workers = [context.Process(target=work, args=(rank, str(folder)), daemon=True) for rank in range(WORLD)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(300)
-        worker.kill()
-    return [json.loads((folder / f"found {rank}.json").read_text()) for rank in range(WORLD)]
+    return found_by(work, WORLD, tmp_path_factory.mktemp("rows"))
 
 
 @pytest.mark.parametrize("same", ["True", "False"])

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
+from fitting import tiny
+from transformers import AutoModelForCausalLM
 
-from moekit import lab
 from moekit.checkpoint import Checkpoint, Writer
 from moekit.errors import BudgetError, OptionError, ProfileError
 from moekit.plan import LayerPlan, LiveLoss, Plan, StoredExpert, fit, split_held_out
@@ -23,31 +23,15 @@ from moekit.plan.target import make_target
 from moekit.profile import profile
 from moekit.stream import LoadedModel
 
-CONFIG = {
-    "hidden_size": 64,
-    "moe_intermediate_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "vocab_size": 264,
-}
-
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**CONFIG), dtype=torch.float32)
-    for name, weight in model.named_parameters():
+    def fill(name: str, weight: torch.nn.Parameter) -> None:
         if "experts" in name or "gate" in name:
             torch.nn.init.normal_(weight, std=0.3)
+
     path = tmp_path_factory.mktemp("source")
-    model.save_pretrained(path)
-    AutoTokenizer.from_pretrained(lab.mini()).save_pretrained(path)
-    return Checkpoint.open(path)
+    return tiny(path, fill, hidden_size=64, moe_intermediate_size=64, intermediate_size=64, num_experts=8)
 
 
 @pytest.fixture(scope="module")

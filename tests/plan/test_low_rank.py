@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fitting import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM
 
-from moekit import lab
 from moekit.checkpoint import Checkpoint
 from moekit.formats import LowRankBank
 from moekit.plan import LiveLoss, apply, fit, verify
@@ -30,26 +30,13 @@ from moekit.stream import LoadedModel
 
 TRUE = 3
 """Rank that the planted experts have."""
-CONFIG = {
-    "hidden_size": 48,
-    "moe_intermediate_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "vocab_size": 264,
-}
 
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A model whose experts have rank 3."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**CONFIG), dtype=torch.float32)
-    for name, weight in model.named_parameters():
+
+    def fill(name: str, weight: torch.nn.Parameter) -> None:
         if "experts" in name:
             e, rows, columns = weight.shape
             parts = 2 if "gate_up" in name else 1
@@ -57,10 +44,9 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
             weight.data = made.reshape(e, rows, columns)
         elif "gate" in name:
             torch.nn.init.normal_(weight, std=0.3)
+
     path = tmp_path_factory.mktemp("planted")
-    model.save_pretrained(path)
-    AutoTokenizer.from_pretrained(lab.mini()).save_pretrained(path)
-    return Checkpoint.open(path)
+    return tiny(path, fill, hidden_size=48, moe_intermediate_size=32, intermediate_size=32, num_experts=4)
 
 
 @pytest.fixture(scope="module")

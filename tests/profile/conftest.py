@@ -1,25 +1,11 @@
 """A tiny model with a tokenizer, and text in two domains."""
 
-import sys
-from pathlib import Path
-
 import pytest
-import torch
-from transformers.utils import logging
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "checkpoint"))
 
 TEXTS = {
     "words": ["the cat sat on the mat. " * 12, "a short one", "xyz " * 70],
     "code": ["def f(x):\n    return x + 1\n" * 20],
 }
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
