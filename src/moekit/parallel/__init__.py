@@ -20,7 +20,7 @@ from moekit.parallel._links import Grid, Traffic
 from moekit.parallel._ranks import LocalRanks
 from moekit.parallel._shards import reshard, shard, unshard
 from moekit.parallel._world import World
-from moekit.parallel.dispatch import DispatchPlan, Layout, Piece, native
+from moekit.parallel.dispatch import DispatchPlan, Layout, Piece, Planner, native
 from moekit.parallel.engine import Engine
 from moekit.parallel.exchange import all_to_all, flat, two_level
 
@@ -34,6 +34,7 @@ __all__ = [
     "Move",
     "ParallelError",
     "Piece",
+    "Planner",
     "Traffic",
     "World",
     "all_to_all",
