@@ -9,7 +9,7 @@ import math
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import OptionError
 
@@ -17,14 +17,17 @@ Update = Literal["sign", "proportional"]
 Course = Literal["constant", "1/sqrt(n)", "1/n"]
 
 
-class Correction:
+class Correction(nn.Module):
     """``b_i += u * sign(mean(c) - c_i)``, or u times the relative error itself ("proportional").
 
     Wang et al. 2024 (auxiliary-loss-free load balancing), algorithm 1: u = 1e-3, counts of the whole batch of a step.
     ``course`` lets u shrink with the steps n, as the theory of the same update suggests.
     """
 
+    steps: Tensor
+
     def __init__(self, *, rate: float = 1e-3, update: Update = "sign", course: Course = "constant") -> None:
+        super().__init__()
         if not rate > 0:
             raise OptionError(f"rate={rate} of a bias correction must be positive")
         if update not in get_args(Update):
@@ -32,7 +35,7 @@ class Correction:
         if course not in get_args(Course):
             raise OptionError(f"course={course!r} of a bias correction: choose one of {', '.join(get_args(Course))}")
         self.rate, self.update, self.course = rate, update, course
-        self.steps = 0
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
     def step(self, bias_E: Tensor, count_E: Tensor, active_E: Tensor | None = None) -> None:
@@ -48,7 +51,8 @@ class Correction:
         bias_E += (self._rate() * move).masked_fill(~active, 0).to(bias_E.dtype)
 
     def _rate(self) -> float:
-        slower = {"constant": 1.0, "1/sqrt(n)": math.sqrt(self.steps), "1/n": float(self.steps)}
+        steps = int(self.steps)
+        slower = {"constant": 1.0, "1/sqrt(n)": math.sqrt(steps), "1/n": float(steps)}
         return self.rate / slower[self.course]
 
 

@@ -1,8 +1,9 @@
-"""Method headers: the fixed fields at the top of a paper's file, read with `ast` and never imported."""
+"""Method headers: the fixed fields at the top of a paper's file (docstring or comment), never imported."""
 
 import ast
 import re
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -44,10 +45,21 @@ class Header:
 
 
 def parse(source: str, key: str, where: str = "") -> Header | None:
-    """Read the header from a file's source; None where its docstring has no `Paper:` line (then it is no paper's)."""
+    """Read the header from a module's source; None where its docstring has no `Paper:` line (then it is no paper's)."""
+    return read(ast.get_docstring(ast.parse(source)) or "", key, where)
+
+
+def parse_recipe(source: str, key: str, where: str = "") -> Header | None:
+    """Read the header from the comment that a recipe opens with."""
+    comment = takewhile(lambda line: line.startswith("#"), source.splitlines())
+    return read("\n".join(line.removeprefix("#").removeprefix(" ") for line in comment), key, where)
+
+
+def read(text: str, key: str, where: str) -> Header | None:
+    """The header in a text of fields, each with its lines; None without a `Paper:` line."""
     parts: dict[str | None, list[str]] = {None: []}
     current: str | None = None
-    for line in (ast.get_docstring(ast.parse(source)) or "").splitlines():
+    for line in text.splitlines():
         matched = _FIELD.match(line)
         if matched:
             current, line = matched.group(1), matched.group(2)
@@ -74,7 +86,7 @@ def _problems(fields: dict[str, str]) -> list[str]:
 
 
 def headers(package: Path = PACKAGE) -> list[Header]:
-    """Every method header in the rooms of the package: files that do not begin with an underscore, in path order."""
+    """Every method header in the rooms of the package: files that do not begin with an underscore, then recipes."""
     found = []
     for path in sorted(package.glob("*/*.py")):
         if not path.name.startswith("_"):
@@ -82,4 +94,8 @@ def headers(package: Path = PACKAGE) -> list[Header]:
             header = parse(path.read_text("utf-8"), path.stem.replace("_", "-"), where)
             if header:
                 found.append(header)
+    for path in sorted(package.glob("recipes/*.toml")):
+        header = parse_recipe(path.read_text("utf-8"), path.stem, path.relative_to(package).as_posix())
+        if header:
+            found.append(header)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,28 +18,29 @@ if TYPE_CHECKING:
 
 
 class _Steps(Dataset):
-    """Item i is the batch of step ``done + i``."""
+    """Item i is batch i of the rest of the run; a step takes ``accumulate`` of them."""
 
     def __init__(self, job: _Job) -> None:
         self.job = job
 
     def __len__(self) -> int:
-        return self.job.options.steps - self.job.done
+        return (self.job.options.steps - self.job.done) * self.job.options.accumulate
 
     def __getitem__(self, index: int) -> Any:
         if index >= len(self):
             raise IndexError(index)
-        return dict(self.job.batches(self.job.done + index))
+        return dict(self.job.batches(self.job.done * self.job.options.accumulate + index))
 
 
 class _Finished(TrainerCallback):
-    """Sets the random state before a step and tells of it afterwards."""
+    """Sets the random state before a step and tells of it before and afterwards."""
 
     def __init__(self, job: _Job) -> None:
         self.job = job
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         torch.manual_seed(self.job.options.seed * 1_000_003 + self.job.done + state.global_step)
+        self.job.begins(self.job.done + state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.job.finished(self.job.done + state.global_step)
@@ -54,6 +56,8 @@ class StepTrainer(Trainer):
             output_dir=scratch,
             max_steps=options.steps - job.done,
             max_grad_norm=options.max_norm,
+            gradient_accumulation_steps=options.accumulate,
+            bf16=options.dtype == "bfloat16",
             seed=options.seed,
             use_cpu=next(model.parameters()).device.type == "cpu",
             save_strategy="no",
@@ -63,6 +67,7 @@ class StepTrainer(Trainer):
             remove_unused_columns=False,
         )
         self._job = job
+        self._figures: list[tuple[torch.Tensor, Mapping[str, torch.Tensor]]] = []
         steps = _Steps(job)
         super().__init__(
             model, arguments, train_dataset=steps, optimizers=(optimizer, schedule), callbacks=[_Finished(job)]
@@ -85,5 +90,14 @@ class StepTrainer(Trainer):
             raise OptionError(
                 f"the loss at step {step} is {float(loss.detach())}: lower learning_rate, or check the model's weights"
             )
-        self._job.record.add(loss, parts)
+        self._figures.append((loss, parts))
+        if len(self._figures) == self._job.options.accumulate:
+            self._tell()
         return loss
+
+    def _tell(self) -> None:
+        """One step into the record: means over its batches."""
+        figures, self._figures = self._figures, []
+        names = figures[0][1]
+        parts = {name: torch.stack([own[name].detach().float() for _, own in figures]).mean() for name in names}
+        self._job.record.add(torch.stack([loss.detach() for loss, _ in figures]).mean(), parts)

@@ -77,13 +77,15 @@ def train(
     *,
     what: Sequence[str] = ("all",),
     folder: str | Path | None = None,
+    before_step: Callable[[int], None] | None = None,
     after_step: Callable[[int], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Record:
     """Train the chosen parameters of a model in place; its mode and what needs gradients are put back at the end.
 
-    ``folder`` keeps the state every :data:`SAVE_EVERY` steps and takes it up again; ``after_step`` is told the number
-    of steps done after each update.
+    ``folder`` keeps the state every :data:`SAVE_EVERY` steps and takes it up again; ``before_step`` is told the number
+    of each step (0 is the first), ``after_step`` how many are done after each update. Buffers that a model saves are
+    part of the state.
 
     Raises:
         OptionError: accelerate is missing, the folder holds another run, or the loss stops being a number.
@@ -96,20 +98,27 @@ def train(
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = _optimizer(parameters, options)
     record = Record(tuple(names))
-    done = 0 if state is None else _resume(state, parameters, optimizer, options, record)
+    held = {name: b for name, b in model.named_buffers() if name in model.state_dict(keep_vars=True)}
+    done = 0 if state is None else _resume(state, parameters, held, optimizer, options, record)
+
+    def begins(step: int) -> None:
+        if before_step is not None:
+            before_step(step)
 
     def finished(step: int) -> None:
         if after_step is not None:
             after_step(step)
         if state is not None and (step % SAVE_EVERY == 0 or step == options.steps):
-            _keep(state, step, parameters, optimizer, options, record)
+            _keep(state, step, parameters, held, optimizer, options, record)
         if progress is not None:
             progress(step, options.steps)
 
     try:
         if done < options.steps:
             with tempfile.TemporaryDirectory() as scratch:
-                trainer_class(model, _Job(loss, batches, options, done, record, finished), optimizer, scratch).train()
+                trainer_class(
+                    model, _Job(loss, batches, options, done, record, begins, finished), optimizer, scratch
+                ).train()
     finally:
         for name, parameter in model.named_parameters():
             parameter.grad = None
@@ -122,13 +131,15 @@ def train(
 
 @dataclass(frozen=True)
 class _Job:
-    """What the Trainer is given: it begins at step ``done`` and calls ``finished`` with the number of steps done."""
+    """What the Trainer is given: it begins at step ``done``, calls ``begins`` with the number of a step before it and
+    ``finished`` with the number of steps done after it."""
 
     loss: Loss
     batches: Batches
     options: TrainOptions
     done: int
     record: Record
+    begins: Callable[[int], None]
     finished: Callable[[int], None]
 
 
@@ -156,19 +167,19 @@ def _keep(
     path: Path,
     step: int,
     parameters: Mapping[str, nn.Parameter],
+    buffers: Mapping[str, Tensor],
     optimizer: torch.optim.AdamW,
     options: TrainOptions,
     record: Record,
 ) -> None:
-    """Weights and moments under a temporary name, then one rename."""
-    tensors: dict[str, Tensor] = {}
+    """Weights, moments and buffers under a temporary name, then one rename."""
+    tensors = {f"buffer/{name}": buffer for name, buffer in buffers.items()}
     for name, parameter in parameters.items():
-        state = optimizer.state[parameter]
-        tensors |= {
-            f"weight/{name}": parameter.detach(),
-            f"m/{name}": state["exp_avg"],
-            f"v/{name}": state["exp_avg_sq"],
-        }
+        tensors[f"weight/{name}"] = parameter.detach()
+        if parameter in optimizer.state:  # what no step has reached has no moments
+            moments = optimizer.state[parameter]
+            tensors |= {f"m/{name}": moments["exp_avg"], f"v/{name}": moments["exp_avg_sq"]}
+            tensors[f"n/{name}"] = moments["step"]
     told = {"step": step, "options": asdict(options), "losses": record.losses, "parts": record.parts}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
@@ -179,6 +190,7 @@ def _keep(
 def _resume(
     path: Path,
     parameters: Mapping[str, nn.Parameter],
+    buffers: Mapping[str, Tensor],
     optimizer: torch.optim.AdamW,
     options: TrainOptions,
     record: Record,
@@ -194,11 +206,15 @@ def _resume(
         raise OptionError(f"{path} holds a run with other options or parameters: remove it or choose another folder")
     for name, parameter in parameters.items():
         parameter.data.copy_(tensors[f"weight/{name}"])
+        if f"m/{name}" not in tensors:
+            continue
         optimizer.state[parameter] = {
-            "step": torch.tensor(float(told["step"])),
+            "step": tensors[f"n/{name}"],
             "exp_avg": tensors[f"m/{name}"].to(parameter.device),
             "exp_avg_sq": tensors[f"v/{name}"].to(parameter.device),
         }
+    for name, buffer in buffers.items():
+        buffer.data.copy_(tensors[f"buffer/{name}"])
     record.losses.extend(told["losses"])
     record.parts.update(told["parts"])
     return int(told["step"])

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from moekit.errors import OptionError
 
 Course = Literal["constant", "linear", "cosine"]
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +17,8 @@ class TrainOptions:
     """AdamW with a linear warm-up over ``warmup`` of the steps, then a constant rate or one that falls to zero.
 
     ``max_norm`` clips the gradient; ``seed`` sets the random state anew at every step, so that a resumed run draws what
-    an undisturbed one does. Raises :class:`OptionError` on values out of range.
+    an undisturbed one does. ``accumulate`` batches make a step; ``dtype`` is what products are computed in (weights and
+    moments stay float32). Raises :class:`OptionError` on values out of range.
     """
 
     steps: int = 100
@@ -28,6 +30,8 @@ class TrainOptions:
     eps: float = 1e-8
     max_norm: float = 1.0
     seed: int = 0
+    accumulate: int = 1
+    dtype: Precision = "float32"
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -36,6 +40,10 @@ class TrainOptions:
             raise OptionError(f"learning_rate={self.learning_rate} must be a positive number")
         if not 0 <= self.warmup <= 1:
             raise OptionError(f"warmup={self.warmup} is a share of the steps: give 0 to 1")
+        if self.accumulate < 1:
+            raise OptionError(f"accumulate={self.accumulate} batches in a step: give 1 or more")
+        if self.dtype not in get_args(Precision):
+            raise OptionError(f"dtype={self.dtype!r}: choose one of {', '.join(get_args(Precision))}")
         if self.course not in get_args(Course):
             raise OptionError(f"course={self.course!r}: choose one of {', '.join(get_args(Course))}")
 

@@ -1,0 +1,195 @@
+"""The one protocol of all language-model rows of the building wing: same data, sizes, steps, seeds and judge.
+
+A contestant is a recipe (``moekit.recipes``, or a variant of one). Of one seed all begin from that seed, see the same
+batches in the same order (2,048 bytes a step, 300 steps, four domains in equal parts, rows of one domain) and are
+judged on the same unseen text, in bits per byte, mean over the domains. Parameters and what a token uses of them are
+counted on the judge's text. A contestant that was trained before by the same protocol is taken from the user's cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moekit import lab
+from moekit.lab.experiments import Advance
+from moekit.lab.experiments._building import gap, means
+from moekit.lab.experiments._outer_training import draws
+from moekit.nn import max_violation
+from moekit.nn.experts import Experts
+from moekit.train.recipe import Recipe, carry_out
+
+PROTOCOL = 1
+"""Raised by whoever changes data, judge or base recipe: then nothing in a cache counts any more."""
+DOMAINS = ("python", "prose", "c", "arithmetic")
+TEST_BYTES = 16384
+BASE = "base"
+
+
+def contestant(key: str = BASE, *, train: Mapping[str, Any] | None = None, **model: Any) -> Recipe:
+    """The recipe of a paper (or the plain one), with other fields of the model or other training options."""
+    return Recipe.read(key).with_model(**model).with_options(**(train or {}))
+
+
+def setting(arms: Mapping[str, Recipe]) -> dict[str, Any]:
+    """What the figures were got on, for the record."""
+    recipe = next(iter(arms.values()))
+    return {
+        "protocol": PROTOCOL,
+        "domains": list(DOMAINS),
+        "steps": recipe.options.steps,
+        "bytes_per_step": recipe.batch * recipe.length,
+        "test_bytes_per_domain": TEST_BYTES,
+        "model": {name: recipe.model[name] for name in ("hidden_size", "num_hidden_layers", "num_experts")},
+    }
+
+
+def league(arms: Mapping[str, Recipe], seeds: Sequence[int], advance: Advance) -> list[dict[str, dict[str, Any]]]:
+    """What :func:`play` says of every contestant, seed by seed."""
+    found = []
+    for number, seed in enumerate(seeds):
+        played = {}
+        for place, (name, recipe) in enumerate(arms.items()):
+            advance(number * len(arms) + place, len(seeds) * len(arms))
+            played[name] = play(recipe, seed)
+        found.append(played)
+    return found
+
+
+def table(found: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """Intervals over seeds of every contestant: bits per byte, active and total parameters, MaxVio."""
+    names = ("bits_per_byte", "active", "total", "max_violation")
+    return {name: means(column(found, name)) for name in names}
+
+
+def column(found: Sequence[Mapping[str, Mapping[str, Any]]], figure: str) -> list[dict[str, float]]:
+    """One figure of every contestant, seed by seed."""
+    return [{name: float(one[figure]) for name, one in played.items()} for played in found]
+
+
+def lead(found: Sequence[Mapping[str, Mapping[str, Any]]], worse: str, better: str) -> dict[str, float]:
+    """By how many bits per byte one contestant is above another, seed by seed: an interval."""
+    return gap(column(found, "bits_per_byte"), worse, better)
+
+
+def play(recipe: Recipe, seed: int) -> dict[str, Any]:
+    """Train and judge one contestant; from the cache where it was done before."""
+    recipe = recipe.with_options(seed=seed)
+    kept = cache() / f"{fingerprint(recipe)}.json"
+    if kept.is_file():
+        return json.loads(kept.read_text())
+    model, figures = trained(recipe)
+    figures |= judged(model, seed)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    partial = kept.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(figures, indent=1))
+    partial.replace(kept)
+    return figures
+
+
+def trained(recipe: Recipe) -> tuple[Any, dict[str, Any]]:
+    """The recipe's model, trained, and how the training went."""
+    started = time.process_time()
+    batches = draws(recipe.options.seed, recipe.batch * recipe.length, dict.fromkeys(DOMAINS, 1 / len(DOMAINS)))
+    model, record = carry_out(recipe, batches)
+    return model.eval(), {
+        "recipe": {"model": dict(recipe.model), "train": asdict(recipe.options), "schedule": list(recipe.schedule)},
+        "processor_seconds": round(time.process_time() - started, 1),
+        "course": {name: thinned(values) for name, values in {"loss": record.losses, **record.parts}.items()},
+    }
+
+
+def thinned(values: Sequence[float], points: int = 30) -> list[float]:
+    """Means of equal stretches, as many as there are points."""
+    return [round(float(np.mean(part)), 4) for part in np.array_split(np.asarray(values), min(points, len(values)))]
+
+
+@torch.no_grad()
+def judged(model: Any, seed: int) -> dict[str, Any]:
+    """Bits per byte by domain on the seed's unseen text, what a token used, and how even the load was."""
+    bits, loads, tokens, use = {}, None, 0, Use(model)
+    with use:
+        for domain in DOMAINS:
+            ids = windows(domain, seed)
+            nats = 0.0
+            for rows in ids.split(16):
+                out = model(input_ids=rows, use_cache=False)
+                logits = out.logits[:, :-1].flatten(0, 1).float()
+                nats += float(torch.nn.functional.cross_entropy(logits, rows[:, 1:].reshape(-1), reduction="sum"))
+                tokens += rows.numel()
+                load = [count.clone() for count in out.expert_load]
+                loads = load if loads is None else [a + b for a, b in zip(loads, load, strict=True)]
+            bits[domain] = nats / (ids.shape[0] * (ids.shape[1] - 1)) / np.log(2)
+    return {
+        "bits": {domain: round(value, 5) for domain, value in bits.items()},
+        "bits_per_byte": round(float(np.mean(list(bits.values()))), 5),
+        "max_violation": round(float(np.mean([max_violation(load) for load in loads or ()])), 4) if loads else 0.0,
+        "load": [load.tolist() for load in loads or ()],
+        "total": sum(p.numel() for p in model.parameters()),
+        "active": round(use.active(tokens)),
+    }
+
+
+def windows(domain: str, seed: int, length: int = 128) -> Tensor:
+    """[B, length] bytes of a domain's test split."""
+    body = lab.text(domain, "test", TEST_BYTES, seed).encode()
+    rows = len(body) // length
+    return torch.tensor(list(body[: rows * length]), dtype=torch.int64).view(rows, length)
+
+
+class Use:
+    """Counts, while it is open, what tokens used: every slot of stacked experts, everything else once per token.
+
+    A module that does otherwise says so by a method ``active_parameters() -> int`` (per token, all of its own).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.slots = model, dict[nn.Module, int]()
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> Use:
+        for module in self.model.modules():
+            if isinstance(module, Experts):
+                self.slots[module] = 0
+                self._hooks.append(module.register_forward_pre_hook(self._count))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def active(self, tokens: int) -> float:
+        """Parameters that a token uses on average; used twice counts twice."""
+        special = [m for m in self.model.modules() if hasattr(m, "active_parameters")]
+        inside = {p for m in [*self.slots, *special] for p in m.parameters()}
+        plain = sum(p.numel() for p in self.model.parameters() if p not in inside)
+        experts = sum(used / tokens * size(module) / module.num_experts for module, used in self.slots.items())
+        return plain + experts + sum(module.active_parameters() for module in special)
+
+    def _count(self, module: Any, args: Sequence[Any]) -> None:
+        self.slots[module] += int((args[1] < module.num_experts).sum())
+
+
+def size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def cache() -> Path:
+    """Where trained contestants are kept: ``moekit/league`` in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moekit" / "league"
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """What a contestant's figures follow from: protocol, architecture, training."""
+    told = [PROTOCOL, DOMAINS, TEST_BYTES, recipe.model, asdict(recipe.options), recipe.batch, recipe.length]
+    return hashlib.sha256(json.dumps([*told, recipe.schedule], sort_keys=True).encode()).hexdigest()[:24]

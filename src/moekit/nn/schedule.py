@@ -1,0 +1,161 @@
+"""Any attribute of any part, moved over training: how many experts a token uses, a temperature, the candidates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import OptionError
+from .parts import make
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One step of a run. What is drawn at random depends on this and on nothing else: any step can be replayed."""
+
+    step: int
+    steps: int
+    seed: int = 0
+
+    def share(self, begin: float, until: float) -> float:
+        """How much of the stretch from ``begin`` to ``until`` (shares of the run) is over: 0 to 1."""
+        done = self.step / self.steps
+        return min(1.0, max(0.0, (done - begin) / (until - begin))) if until > begin else float(done >= until)
+
+    def generator(self, salt: int = 0) -> torch.Generator:
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + self.step) * 1_009 + salt)
+
+
+class Moving:
+    """From ``start`` to ``end`` while the run goes from share ``begin`` to share ``until``; held before and after."""
+
+    def __init__(self, *, start: float, end: float, begin: float = 0.0, until: float = 1.0) -> None:
+        if not 0 <= begin <= until <= 1:
+            raise OptionError(f"a course from {begin:g} to {until:g}: both are shares of the run, the first not later")
+        self.start, self.end, self.begin, self.until = start, end, begin, until
+
+    def __call__(self, moment: Moment, module: nn.Module) -> float:
+        return self.between(moment.share(self.begin, self.until))
+
+    def between(self, share: float) -> float:
+        raise NotImplementedError
+
+
+class LinearCourse(Moving):
+    """Evenly."""
+
+    def between(self, share: float) -> float:
+        return self.start + (self.end - self.start) * share
+
+
+class ExponentialCourse(Moving):
+    """By equal factors; both ends must be positive."""
+
+    def __init__(self, *, start: float, end: float, begin: float = 0.0, until: float = 1.0) -> None:
+        super().__init__(start=start, end=end, begin=begin, until=until)
+        if start <= 0 or end <= 0:
+            raise OptionError(f"an exponential course from {start:g} to {end:g}: both must be positive")
+
+    def between(self, share: float) -> float:
+        return self.start * (self.end / self.start) ** share
+
+
+class CosineCourse(Moving):
+    """Slowly at both ends."""
+
+    def between(self, share: float) -> float:
+        return self.end + (self.start - self.end) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+class Steps:
+    """``values[0]``, then ``values[i]`` from the share ``at[i - 1]`` of the run on."""
+
+    def __init__(self, *, values: Sequence[Any], at: Sequence[float]) -> None:
+        if len(values) != len(at) + 1 or list(at) != sorted(at) or not all(0 <= share <= 1 for share in at):
+            raise OptionError(f"{len(values)} values need {len(values) - 1} rising shares of the run, got {list(at)}")
+        self.values, self.at = list(values), list(at)
+
+    def __call__(self, moment: Moment, module: nn.Module) -> Any:
+        return self.values[sum(moment.step >= share * moment.steps for share in self.at)]
+
+
+class Draw:
+    """One of ``values`` at every step, with the given ``chances`` (equal where there are none)."""
+
+    def __init__(self, *, values: Sequence[Any], chances: Sequence[float] | None = None) -> None:
+        chances = [1.0] * len(values) if chances is None else list(chances)
+        if not values or len(chances) != len(values) or min(chances) < 0 or not sum(chances) > 0:
+            raise OptionError(f"{len(values)} values need as many chances, none negative, got {chances}")
+        self.values, self.chances = list(values), torch.tensor(chances)
+
+    def __call__(self, moment: Moment, module: nn.Module) -> Any:
+        return self.values[int(torch.multinomial(self.chances, 1, generator=moment.generator()))]
+
+
+class Pool:
+    """Candidates of a router, a mask [E] drawn anew at every step.
+
+    Before the share ``begin`` of the run as many as ``own`` (a share of the choices) are candidates, from ``until`` on
+    all are, and evenly more in between.
+    """
+
+    def __init__(self, *, own: float, begin: float = 0.0, until: float = 1.0) -> None:
+        if not 0 < own <= 1:
+            raise OptionError(f"own={own:g} is a share of a router's choices: give more than 0 and at most 1")
+        self.own, self.begin, self.until = own, begin, until
+
+    def __call__(self, moment: Moment, module: nn.Module) -> Tensor | None:
+        choices = module.num_experts
+        assert isinstance(choices, int)
+        share = self.own + (1 - self.own) * moment.share(self.begin, self.until)
+        count = max(1, math.floor(share * choices))
+        if count >= choices:
+            return None
+        mask = torch.zeros(choices, dtype=torch.bool)
+        mask[torch.randperm(choices, generator=moment.generator())[:count]] = True
+        return mask
+
+
+COURSES: dict[str, Callable[..., Any]] = {
+    "linear": LinearCourse,
+    "exponential": ExponentialCourse,
+    "cosine": CosineCourse,
+    "steps": Steps,
+    "draw": Draw,
+    "pool": Pool,
+}
+"""By the name a recipe gives; called with (moment, module that owns the attribute), returns its value."""
+
+
+class Schedule:
+    """Sets one attribute, in every module that a shell pattern names, before each step.
+
+    ``target`` is a pattern of a module's path and the attribute's name: ``*.layers.[0-3].mlp.gate.selector.k``. An
+    attribute that holds a whole number stays one.
+
+    Raises:
+        OptionError: no module matches, or one has no such attribute.
+    """
+
+    def __init__(self, model: nn.Module, target: str, course: Mapping[str, Any]) -> None:
+        pattern, _, self.attribute = target.rpartition(".")
+        self.course = make("course", COURSES, course)
+        found = [module for name, module in model.named_modules() if fnmatchcase(name, pattern)]
+        self.modules = [module for module in found if hasattr(module, self.attribute)]
+        if not found:
+            raise OptionError(f"schedule {target!r}: no module of the model is called {pattern}")
+        if not self.modules:
+            raise OptionError(f"schedule {target!r}: {type(found[0]).__name__} has no attribute {self.attribute!r}")
+        self.whole = all(type(getattr(module, self.attribute)) is int for module in self.modules)
+
+    def apply(self, moment: Moment) -> None:
+        """Give the attribute its value for this step."""
+        for module in self.modules:
+            value = self.course(moment, module)
+            setattr(module, self.attribute, round(value) if self.whole and isinstance(value, float) else value)

@@ -1,0 +1,1 @@
+"""Recipes: one architecture paper each, as a configuration of the parts in ``nn`` on top of ``base.toml``."""
