@@ -1,76 +1,23 @@
 """Auxiliary terms that keep routers healthy: each a number computed from what one layer routed.
 
-Shapes by suffix: T tokens, H hidden size, E choices, B sequences.
+Shapes by suffix: T tokens, E choices, B sequences.
 """
-# ruff: noqa: N802, N815 (shape suffixes in the names of fields)
+# ruff: noqa: N815 (shape suffixes in the names of fields)
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..contract import Context, Routing
 from ..errors import OptionError
 from .parts import Site, make
+from .seen import Seen, share, variation
 
 SCOPES = ("sequence", "micro", "accumulated", "global")
-
-
-@dataclass(frozen=True, eq=False)
-class Seen:
-    """One pass of one layer, as a balance term sees it. ``experts`` is the module with the stacked weights."""
-
-    x_TH: Tensor
-    routing: Routing
-    router: Any
-    experts: Any
-    context: Context
-
-    @cached_property
-    def logits_TE(self) -> Tensor:
-        """float32 at least."""
-        logits = self.routing.logits
-        assert logits is not None
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-    @cached_property
-    def probability_TE(self) -> Tensor:
-        """The softmax over all choices."""
-        return self.logits_TE.softmax(-1)
-
-    @cached_property
-    def scores_TE(self) -> Tensor:
-        """The router's own scores, made to sum to 1."""
-        scores = self.router.activation(self.routing.logits, self.context)
-        return scores / scores.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
-
-    @cached_property
-    def real_T(self) -> Tensor:
-        """1 for tokens, 0 for padding."""
-        padding = self.context.padding
-        one = torch.ones(len(self.x_TH), dtype=self.logits_TE.dtype, device=self.x_TH.device)
-        return one if padding is None else one.masked_fill(padding, 0)
-
-    @cached_property
-    def chosen_TE(self) -> Tensor:
-        """How often each token chose each expert (0 or 1), 0 for padding; no gradient."""
-        marks = torch.zeros_like(self.logits_TE)
-        marks.scatter_add_(1, self.routing.expert.clamp(min=0), self.routing.used.to(marks.dtype))
-        return marks * self.real_T[:, None]
-
-    def mean(self, values_TE: Tensor) -> Tensor:
-        """[E]: the mean over tokens that are no padding."""
-        return (values_TE * self.real_T[:, None]).sum(0) / self.real_T.sum().clamp(min=1)
-
-
-def share(count_E: Tensor) -> Tensor:
-    """[.., E]: counts as shares of their sum; zeros where there is nothing to share."""
-    return count_E / count_E.sum(-1, keepdim=True).clamp(min=1)
+_PROBABILITIES = {"softmax": "probability_TE", "scores": "scores_TE", "chosen": "selected_TE"}
 
 
 class Load(nn.Module):
@@ -79,7 +26,8 @@ class Load(nn.Module):
     Switch Transformer, equations 4 to 6, for any number of slots: f divides by all assignments. ``scope`` says over
     what f and P are taken: each "sequence" (then the mean), the "micro" batch, all micro-batches "accumulated" since
     the last update, or those of all ranks too ("global"; Demons in the Detail). The wider two widen f only: P is the
-    micro-batch's, which gives the gradient of the whole. ``probability``: "softmax", or the router's own "scores".
+    micro-batch's, which gives the gradient of the whole. ``probability``: "softmax", the router's own "scores", or the
+    softmax over those "chosen" alone.
     """
 
     count_E: Tensor
@@ -88,20 +36,24 @@ class Load(nn.Module):
         super().__init__()
         if scope not in SCOPES:
             raise OptionError(f"scope={scope!r} of a load-balancing loss: choose one of {', '.join(SCOPES)}")
-        if probability not in ("softmax", "scores"):
-            raise OptionError(f"probability={probability!r} of a load-balancing loss: choose softmax or scores")
+        if probability not in _PROBABILITIES:
+            raise OptionError(f"probability={probability!r} of a load-balancing loss: choose softmax, scores or chosen")
         self.scope, self.probability = scope, probability
         self.register_buffer("count_E", torch.zeros(site.choices), persistent=False)
 
     def forward(self, seen: Seen) -> Tensor:
-        probability = seen.probability_TE if self.probability == "softmax" else seen.scores_TE
+        probability = getattr(seen, _PROBABILITIES[self.probability])
         if self.scope == "sequence":
             return self._by_sequence(seen, probability)
         count = seen.chosen_TE.sum(0)
         if self.scope != "micro":
             self.count_E += self._everywhere(count)
             count = self.count_E.clone()
-        return probability.shape[1] * (share(count) * seen.mean(probability)).sum()
+        return probability.shape[1] * (self.shares(count) * seen.mean(probability)).sum()
+
+    def shares(self, count_E: Tensor) -> Tensor:
+        """f [.., E] of counts."""
+        return share(count_E)
 
     def finish_step(self) -> None:
         """The optimizer has stepped: what was accumulated is forgotten."""
@@ -122,7 +74,7 @@ class Load(nn.Module):
         count_BE = sums.index_add(0, sequence, seen.chosen_TE)
         mass_BE = sums.index_add(0, sequence, probability_TE * seen.real_T[:, None])
         length_B = sums[:, 0].index_add(0, sequence, seen.real_T)
-        terms = (share(count_BE) * mass_BE / length_B[:, None].clamp(min=1)).sum(1) * probability_TE.shape[1]
+        terms = (self.shares(count_BE) * mass_BE / length_B[:, None].clamp(min=1)).sum(1) * probability_TE.shape[1]
         return terms[length_B > 0].mean() if bool((length_B > 0).any()) else terms.sum()
 
 
@@ -155,11 +107,6 @@ class Importance(nn.Module):
 
     def forward(self, seen: Seen) -> Tensor:
         return variation(seen.mean(seen.probability_TE))
-
-
-def variation(value_E: Tensor) -> Tensor:
-    """The squared coefficient of variation: ``var / mean^2``."""
-    return value_E.var(unbiased=False) / (value_E.mean().square() + 1e-10)
 
 
 BALANCES: dict[str, Callable[..., Any]] = {"load": Load, "z": ZLoss, "entropy": Entropy, "importance": Importance}
