@@ -59,7 +59,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         kind = "dense" if dense else config.feed_forward_of(layer)
         self.mlp = make("feed-forward", FEED_FORWARDS, kind, config, layer)
-        self.wiring = make("wiring", WIRINGS, "residual" if dense else config.wiring, site)
+        self.wiring = make("wiring", WIRINGS, "residual" if dense else config.wiring, site, self.mlp)
 
     def forward(self, hidden_states: Tensor, context: Context, **attention: Any) -> tuple[Tensor, Context]:
         """(hidden states, the context for the next layer)."""

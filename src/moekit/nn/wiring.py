@@ -11,18 +11,30 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..contract import Context
+from .chain import Chain
+from .momentum import AdamStart, Momentum, RobustMomentum
 from .parts import Site
 
 
 class Residual(nn.Module):
-    """``h + f(norm(h))``."""
+    """``h + gain f(norm(h))``."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, sublayer: nn.Module, *, gain: float = 1.0) -> None:
         super().__init__()
+        self.gain = gain
 
     def forward(self, hidden_BSH: Tensor, norm: nn.Module, sublayer: nn.Module, context: Context) -> Tensor:
-        return hidden_BSH + sublayer(norm(hidden_BSH), context)
+        out = sublayer(norm(hidden_BSH), context)
+        return hidden_BSH + (out if self.gain == 1 else self.gain * out)
 
 
-WIRINGS: dict[str, Callable[..., Any]] = {"residual": Residual}
-"""By the name a configuration gives; called with (hidden, norm, sublayer, context), returns the new hidden states."""
+WIRINGS: dict[str, Callable[..., Any]] = {
+    "residual": Residual,
+    "chain": Chain,
+    "momentum": Momentum,
+    "adam-momentum": AdamStart,
+    "robust-momentum": RobustMomentum,
+}
+"""By the name a configuration gives; built with (site, sublayer), called with (hidden, norm, sublayer, context).
+
+They return the new hidden states."""
