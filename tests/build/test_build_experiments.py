@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from moekit import lab
 from moekit.lab.experiments import efficientllm, llava_mod, mote_ternary, sparse_unified
-from moekit.lab.experiments._building import gap, keep_units, mixture
+from moekit.lab.experiments._building import gap, keep_units
 from moekit.train.sequences import targets
 
 SPLIT = {"whole": 1.0, "static": 1.5, "static-tuned": 1.35, "untrained": 1.6, "frozen": 1.4, "full": 1.2}
@@ -77,9 +78,9 @@ def test_differences_are_taken_seed_by_seed():
 
 
 def test_batches_follow_from_seed_and_step():
-    one, other = mixture(3, 128, 32), mixture(4, 128, 32)
+    one, other = lab.mixture(3, 128, 32), lab.mixture(4, 128, 32)
     assert one(2)["input_ids"].shape == (4, 33)
-    assert torch.equal(one(2)["input_ids"], mixture(3, 128, 32)(2)["input_ids"])
+    assert torch.equal(one(2)["input_ids"], lab.mixture(3, 128, 32)(2)["input_ids"])
     assert not torch.equal(one(2)["input_ids"], other(2)["input_ids"])
     ids, weight = targets(one(0))
     assert ids.shape == weight.shape == (4, 32)

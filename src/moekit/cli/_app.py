@@ -27,6 +27,7 @@ from moekit.cli.retrieve import retrieve
 from moekit.cli.run import run
 from moekit.cli.serve import serve
 from moekit.cli.systems import systems
+from moekit.cli.train import train
 from moekit.cli.tune import tune
 from moekit.cli.verify import verify
 from moekit.errors import MoekitError
@@ -43,6 +44,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "retrieve": retrieve,
     "recover": recover,
     "build": build,
+    "train": train,
     "compare": compare,
     "verify": verify,
     "run": run,

@@ -1,6 +1,7 @@
 """The miniature world: real texts, exact tasks, small trained models; texts and tasks import no torch."""
 
 from pathlib import Path
+from typing import Any
 
 from moekit.errors import CheckpointError, OptionError
 from moekit.lab._splits import SPLITS
@@ -20,6 +21,7 @@ __all__ = [
     "documents",
     "examples",
     "mini",
+    "mixture",
     "task",
     "text",
 ]
@@ -52,6 +54,20 @@ def text(domain: str, split: str, max_bytes: int | None = None, seed: int = 0) -
         taken.append(piece)
         size += len(piece.encode("utf-8", "replace"))
     return "".join(taken).encode("utf-8", "replace")[:limit].decode("utf-8", "ignore")
+
+
+def mixture(seed: int, tokens: int, length: int) -> Any:
+    """Batches (step -> ``input_ids``, ``weight``) of the mixture that the dense embedded model was trained on.
+
+    So many ``tokens`` a step in rows of ``length`` of one domain each; answers weigh more than prompts.
+    """
+    from dataclasses import replace
+
+    from moekit.lab._batches import Batches
+    from moekit.lab._recipe import RECIPES
+
+    source = Batches(replace(RECIPES["dense"], seed=seed, tokens_per_step=tokens, context=length, long_share=0.0))
+    return lambda step: dict(zip(("input_ids", "weight"), source.batch(step), strict=True))
 
 
 def mini() -> Path:

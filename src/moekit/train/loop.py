@@ -38,7 +38,7 @@ SAVE_EVERY = 100
 class Record:
     """What training did: the loss of every step, and its parts by name. ``trained`` names the parameters."""
 
-    trained: tuple[str, ...]
+    trained: list[str] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     parts: dict[str, list[float]] = field(default_factory=dict)
 
@@ -77,6 +77,7 @@ def train(
     *,
     what: Sequence[str] = ("all",),
     folder: str | Path | None = None,
+    record: Record | None = None,
     before_step: Callable[[int], None] | None = None,
     after_step: Callable[[int], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -85,7 +86,7 @@ def train(
 
     ``folder`` keeps the state every :data:`SAVE_EVERY` steps and takes it up again; ``before_step`` is told the number
     of each step (0 is the first), ``after_step`` how many are done after each update. Buffers that a model saves are
-    part of the state.
+    part of the state. ``record`` is filled as it goes, where a caller wants to read it meanwhile.
 
     Raises:
         OptionError: accelerate is missing, the folder holds another run, or the loss stops being a number.
@@ -97,7 +98,8 @@ def train(
     names = train_only(model, what)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = _optimizer(parameters, options)
-    record = Record(tuple(names))
+    record = Record() if record is None else record
+    record.trained.extend(names)
     held = {name: b for name, b in model.named_buffers() if name in model.state_dict(keep_vars=True)}
     done = 0 if state is None else _resume(state, parameters, held, optimizer, options, record)
 

@@ -196,13 +196,14 @@ def carry_out(
         if after_step is not None:
             after_step(step, record, running)
 
-    record = Record(())
-    record = train(
+    record = Record()
+    train(
         model,
         running.loss,
         batches,
         recipe.options,
         folder=folder,
+        record=record,
         before_step=running.begin_step,
         after_step=ended,
         progress=progress,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,7 @@ from torch import Tensor
 from moekit import lab
 from moekit.build._write import load_dense
 from moekit.checkpoint import Checkpoint
-from moekit.lab._batches import Batches as Mixture
 from moekit.lab._batches import text_tokens
-from moekit.lab._recipe import RECIPES
 from moekit.measure import Interval, bits_per_byte
 from moekit.stream import LoadedModel
 from moekit.train import Batch, Batches, Objective, TrainOptions, distil
@@ -55,7 +53,7 @@ class Ground:
     def batches(self, seed: int) -> Batches:
         if self.domain is not None:
             return one_domain(self.domain, seed, TOKENS, LENGTH)
-        return mixture(seed, TOKENS, LENGTH)
+        return lab.mixture(seed, TOKENS, LENGTH)
 
     def rows(self, seed: int, count: int) -> list[Tensor]:
         """Token rows of the training mixture, for calibration."""
@@ -84,17 +82,6 @@ class Ground:
             model, more.pop("teacher", None), lambda step: batches(start + step), options, objective, what=what, **more
         )
         return model
-
-
-def mixture(seed: int, tokens: int, length: int) -> Batches:
-    """Batches of the dense sibling's last training mixture, answers weighing more than prompts, as it was trained."""
-    source = Mixture(replace(RECIPES["dense"], seed=seed, tokens_per_step=tokens, context=length, long_share=0.0))
-
-    def batch(step: int) -> Batch:
-        ids, weight = source.batch(step)
-        return {"input_ids": ids, "weight": weight}
-
-    return batch
 
 
 def one_domain(domain: str, seed: int, tokens: int, length: int) -> Batches:

@@ -129,9 +129,10 @@ def recorded(seed: int) -> list[list[np.ndarray]]:
     # ranks import this module too, and need none of these
     from transformers import AutoModelForCausalLM
 
+    from moekit import lab
     from moekit.blocks import blocks
     from moekit.lab._recipe import RECIPES
-    from moekit.lab.experiments._building import LM, mixture
+    from moekit.lab.experiments._building import LM
     from moekit.train import TrainOptions, distil
 
     recipe = replace(
@@ -146,7 +147,7 @@ def recorded(seed: int) -> list[list[np.ndarray]]:
     model = AutoModelForCausalLM.from_config(recipe.config(), dtype=torch.float32)
     seen: list[np.ndarray] = []
     hooks = [block.observe(lambda o: seen.append(o.routing.expert.cpu().numpy())).attach() for block in blocks(model)]
-    distil(model, None, mixture(seed, TOKENS, LENGTH), TrainOptions(steps=STEPS, learning_rate=RATE, seed=seed), LM)
+    distil(model, None, lab.mixture(seed, TOKENS, LENGTH), TrainOptions(steps=STEPS, learning_rate=RATE, seed=seed), LM)
     for hook in hooks:
         hook.remove()
     return [seen[start : start + LAYERS] for start in range(0, len(seen), LAYERS)]

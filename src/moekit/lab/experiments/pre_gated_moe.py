@@ -27,8 +27,9 @@ import torch
 from moekit import lab
 from moekit.checkpoint import Checkpoint
 from moekit.lab.experiments import Advance, Outcome
-from moekit.lab.experiments._building import LENGTH, LM, TOKENS, mixture
-from moekit.lab.experiments._caching import gap, over_seeds
+from moekit.lab.experiments._building import LENGTH, LM, TOKENS
+from moekit.lab.experiments._caching import gap
+from moekit.lab.experiments._seeds import each_seed, over_seeds
 from moekit.measure import bits_per_byte
 from moekit.run.answer import prompt_ids
 from moekit.run.paging import load
@@ -43,10 +44,8 @@ COMPUTE = (2.0, 4.0, 8.0)
 
 def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
     """Return bits per byte by contestant, misses and bytes of paging, modelled times. ``text`` is not used."""
-    source, found = Checkpoint.open("moekit:mini"), []
-    for done, seed in enumerate(seeds):
-        advance(done, len(seeds))
-        found.append(measure(source, seed))
+    source = Checkpoint.open("moekit:mini")
+    found = each_seed(seeds, advance, lambda seed: measure(source, seed))
     figures = summary(found)
     setting = {"model": "moekit:mini", "fingerprint": source.fingerprint, "steps": STEPS, "rate": RATE}
     return Outcome(shown=holds(figures), figures=figures, setting={**setting, "tokens_per_step": TOKENS})
@@ -91,7 +90,7 @@ def fresh(source: Checkpoint) -> Any:
 def tuned(model: Any, seed: int) -> Any:
     """The model itself, all of it trained."""
     options = TrainOptions(steps=STEPS, learning_rate=RATE, course="cosine", seed=seed)
-    distil(model, None, mixture(seed, TOKENS, LENGTH), options, LM)
+    distil(model, None, lab.mixture(seed, TOKENS, LENGTH), options, LM)
     return model
 
 

@@ -28,7 +28,6 @@ from moekit.blocks import blocks
 from moekit.checkpoint import Checkpoint
 from moekit.compress import method
 from moekit.lab.experiments import Advance, Outcome
-from moekit.lab.experiments._building import mixture
 from moekit.lab.experiments._recovering import hold_tied
 from moekit.lab.experiments._trial import by_method
 from moekit.measure import bits_per_byte, windows
@@ -109,7 +108,7 @@ class Task:
         model = AutoModelForCausalLM.from_config(config).float()
         steps, rate = PRETRAIN
         options = TrainOptions(steps=steps, learning_rate=rate, course="cosine", seed=self.seed)
-        distil(model, None, mixture(self.seed, TOKENS, LENGTH), options, Objective(kl=0.0, lm=1.0, balance=0.01))
+        distil(model, None, lab.mixture(self.seed, TOKENS, LENGTH), options, Objective(kl=0.0, lm=1.0, balance=0.01))
         return model.eval()
 
     def judge(self, losses: dict[str, dict[str, list[float]]], name: str, model: Any) -> None:
