@@ -2,7 +2,6 @@
 
 Shapes by suffix: T tokens, E choices, B sequences.
 """
-# ruff: noqa: N815 (shape suffixes in the names of fields)
 
 from __future__ import annotations
 
@@ -13,69 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
+from .costs import Cost
+from .coupling import Coupling
+from .load import KindLoad, Load
 from .parts import Site, make
-from .seen import Seen, share, variation
-
-SCOPES = ("sequence", "micro", "accumulated", "global")
-_PROBABILITIES = {"softmax": "probability_TE", "scores": "scores_TE", "chosen": "selected_TE"}
-
-
-class Load(nn.Module):
-    """``E * sum_i f_i P_i``: f the shares of assignments, P the mean probabilities; 1 at balance, E for one expert.
-
-    Switch Transformer, equations 4 to 6, for any number of slots: f divides by all assignments. ``scope`` says over
-    what f and P are taken: each "sequence" (then the mean), the "micro" batch, all micro-batches "accumulated" since
-    the last update, or those of all ranks too ("global"; Demons in the Detail). The wider two widen f only: P is the
-    micro-batch's, which gives the gradient of the whole. ``probability``: "softmax", the router's own "scores", or the
-    softmax over those "chosen" alone.
-    """
-
-    count_E: Tensor
-
-    def __init__(self, site: Site, *, scope: str = "micro", probability: str = "softmax") -> None:
-        super().__init__()
-        if scope not in SCOPES:
-            raise OptionError(f"scope={scope!r} of a load-balancing loss: choose one of {', '.join(SCOPES)}")
-        if probability not in _PROBABILITIES:
-            raise OptionError(f"probability={probability!r} of a load-balancing loss: choose softmax, scores or chosen")
-        self.scope, self.probability = scope, probability
-        self.register_buffer("count_E", torch.zeros(site.choices), persistent=False)
-
-    def forward(self, seen: Seen) -> Tensor:
-        probability = getattr(seen, _PROBABILITIES[self.probability])
-        if self.scope == "sequence":
-            return self._by_sequence(seen, probability)
-        count = seen.chosen_TE.sum(0)
-        if self.scope != "micro":
-            self.count_E += self._everywhere(count)
-            count = self.count_E.clone()
-        return probability.shape[1] * (self.shares(count) * seen.mean(probability)).sum()
-
-    def shares(self, count_E: Tensor) -> Tensor:
-        """f [.., E] of counts."""
-        return share(count_E)
-
-    def finish_step(self) -> None:
-        """The optimizer has stepped: what was accumulated is forgotten."""
-        self.count_E.zero_()
-
-    def _everywhere(self, count_E: Tensor) -> Tensor:
-        if self.scope == "global" and torch.distributed.is_available() and torch.distributed.is_initialized():
-            count_E = count_E.clone()
-            torch.distributed.all_reduce(count_E)
-        return count_E
-
-    def _by_sequence(self, seen: Seen, probability_TE: Tensor) -> Tensor:
-        sequence = seen.context.sequence
-        if sequence is None:
-            sequence = torch.zeros(len(seen.x_TH), dtype=torch.int64, device=seen.x_TH.device)
-        rows = int(sequence.max()) + 1 if len(sequence) else 1
-        sums = probability_TE.new_zeros(rows, probability_TE.shape[1])
-        count_BE = sums.index_add(0, sequence, seen.chosen_TE)
-        mass_BE = sums.index_add(0, sequence, probability_TE * seen.real_T[:, None])
-        length_B = sums[:, 0].index_add(0, sequence, seen.real_T)
-        terms = (self.shares(count_BE) * mass_BE / length_B[:, None].clamp(min=1)).sum(1) * probability_TE.shape[1]
-        return terms[length_B > 0].mean() if bool((length_B > 0).any()) else terms.sum()
+from .permutation import PermutationEntropy
+from .seen import Seen, variation
+from .subspace import Conflict, Connections
+from .tree import LeafEntropy
 
 
 class ZLoss(nn.Module):
@@ -109,7 +53,19 @@ class Importance(nn.Module):
         return variation(seen.mean(seen.probability_TE))
 
 
-BALANCES: dict[str, Callable[..., Any]] = {"load": Load, "z": ZLoss, "entropy": Entropy, "importance": Importance}
+BALANCES: dict[str, Callable[..., Any]] = {
+    "load": Load,
+    "kind-load": KindLoad,
+    "z": ZLoss,
+    "entropy": Entropy,
+    "importance": Importance,
+    "coupling": Coupling,
+    "cost": Cost,
+    "conflict": Conflict,
+    "connections": Connections,
+    "leaf-entropy": LeafEntropy,
+    "permutation-entropy": PermutationEntropy,
+}
 """By the name a configuration gives; called with :class:`Seen`, returns a number that is minimised."""
 
 

@@ -7,14 +7,34 @@ the :class:`Site` first and its options by keyword.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
+
+from torch import nn
 
 from ..errors import OptionError
 
 Part = TypeVar("Part")
 Spec = str | Mapping[str, Any]
+_POOL: ContextVar[dict[str, nn.Module] | None] = ContextVar("pool", default=None)
+
+
+@contextmanager
+def one_model() -> Iterator[None]:
+    """Sites made inside are places in the layers of one model, which may have modules in common."""
+    token = _POOL.set({})
+    try:
+        yield
+    finally:
+        _POOL.reset(token)
+
+
+def _pool() -> dict[str, nn.Module]:
+    pool = _POOL.get()
+    return {} if pool is None else pool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +42,8 @@ class Site:
     """The place of a part: one MoE layer of a model.
 
     ``num_experts`` counts experts with stacked weights, ``choices`` all that a router may choose (those, then experts
-    of other kinds); ``layer`` is the number of the decoder layer out of ``num_layers``.
+    of other kinds); ``layer`` is the number of the decoder layer out of ``num_layers``. ``common`` holds the modules
+    that layers of one model have in common.
     """
 
     hidden_size: int
@@ -34,6 +55,7 @@ class Site:
     num_layers: int = 1
     vocab_size: int = 0
     activation: str = "silu"
+    common: dict[str, nn.Module] = field(default_factory=_pool, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.num_experts < 1:
@@ -41,6 +63,15 @@ class Site:
         object.__setattr__(self, "choices", max(self.choices, self.num_experts))
         if not 1 <= self.top_k <= self.choices:
             raise OptionError(f"top-k of {self.top_k} among {self.choices} experts: give 1 to {self.choices}")
+
+    def shared(self, name: str, create: Callable[[], nn.Module]) -> Any:
+        """The module of this name that layers have in common: whoever asks first creates it.
+
+        It is trained and saved once: the model declares what it finds twice as tied.
+        """
+        if name not in self.common:
+            self.common[name] = create()
+        return self.common[name]
 
 
 def make(what: str, table: Mapping[str, Callable[..., Part]], spec: Spec, *given: Any) -> Part:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contract import PAD, Context
+from .decoupled import Decoupled
 from .parts import Site
 
 
@@ -22,14 +23,21 @@ def chosen(values_TE: Tensor, expert_TK: Tensor, fill: float = 0.0) -> Tensor:
 
 
 class Scores(nn.Module):
-    """The scores of the chosen, made to sum to 1 with ``normalise``, times ``scale``."""
+    """The scores of the chosen, made to sum to 1 with ``normalise``, times ``scale``.
 
-    def __init__(self, site: Site, *, normalise: bool = True, scale: float = 1.0) -> None:
+    ``own`` leaves experts without weights out of the sum: those with weights have all of it to themselves, and a token
+    that chose none of them gets nothing (AdaMoE).
+    """
+
+    def __init__(self, site: Site, *, normalise: bool = True, scale: float = 1.0, own: bool = False) -> None:
         super().__init__()
         self.normalise, self.scale = normalise, scale
+        self.first_other = site.num_experts if own else None
 
     def forward(self, logits_TE: Tensor, scores_TE: Tensor, expert_TK: Tensor, context: Context) -> Tensor:
         weight = chosen(scores_TE, expert_TK)
+        if self.first_other is not None:
+            weight = weight.masked_fill(expert_TK >= self.first_other, 0)
         if self.normalise:
             weight = weight / weight.sum(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
         return weight * self.scale
@@ -49,15 +57,27 @@ class Chosen(nn.Module):
 
 
 class Ones(nn.Module):
-    """1 for every chosen expert: a sum of slices (a dense layer cut in pieces), times ``scale``."""
+    """1 for every chosen expert: a sum of slices (a dense layer cut in pieces), times ``scale``.
 
-    def __init__(self, site: Site, *, scale: float = 1.0) -> None:
+    ``straight_through`` lets the gradient of the scores pass as if they were the weights (MoH, continue-tuning).
+    """
+
+    def __init__(self, site: Site, *, scale: float = 1.0, straight_through: bool = False) -> None:
         super().__init__()
-        self.scale = scale
+        self.scale, self.straight_through = scale, straight_through
 
     def forward(self, logits_TE: Tensor, scores_TE: Tensor, expert_TK: Tensor, context: Context) -> Tensor:
-        return (expert_TK != PAD).to(scores_TE.dtype) * self.scale
+        weight = (expert_TK != PAD).to(scores_TE.dtype)
+        if self.straight_through:
+            score = chosen(scores_TE, expert_TK)
+            weight = weight + score - score.detach()
+        return weight * self.scale
 
 
-WEIGHERS: dict[str, Callable[..., Any]] = {"scores": Scores, "chosen": Chosen, "ones": Ones}
+WEIGHERS: dict[str, Callable[..., Any]] = {
+    "scores": Scores,
+    "chosen": Chosen,
+    "ones": Ones,
+    "decoupled": Decoupled,
+}
 """By the name a configuration gives; called with (logits_TE, scores_TE, expert_TK, context)."""
