@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from moekit.lab.experiments import _caching, expertflow, fate, hobbit, hybrimoe, local_routing_consistency, se_moe
+from moekit.lab.experiments import (
+    _caching,
+    _seeds,
+    expertflow,
+    fate,
+    hobbit,
+    hybrimoe,
+    local_routing_consistency,
+    se_moe,
+)
 from moekit.profile import RoutingTrace
 from moekit.run.hobbit import HIGH, LOW, SKIP, Hobbit
 
@@ -65,7 +74,7 @@ def test_every_policy_is_tried_and_none_beats_belady():
 
 
 def test_figures_over_seeds_are_intervals_at_every_leaf():
-    found = _caching.over_seeds([{"a": {"b": 1.0}, "c": 2.0}, {"a": {"b": 3.0}, "c": 2.0}])
+    found = _seeds.over_seeds([{"a": {"b": 1.0}, "c": 2.0}, {"a": {"b": 3.0}, "c": 2.0}])
     assert (found["a"]["b"]["mean"], found["a"]["b"]["n"], found["c"]["high"]) == (2.0, 2, 2.0)
     assert _caching.gap([3.0, 4.0], [1.0, 2.0])["low"] == 2.0
 

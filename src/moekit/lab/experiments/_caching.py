@@ -15,8 +15,8 @@ import torch
 from moekit import lab
 from moekit.blocks import blocks
 from moekit.checkpoint import Checkpoint
+from moekit.lab.experiments._seeds import interval
 from moekit.lab.experiments._trial import DOMAINS
-from moekit.measure import Interval
 from moekit.profile import RoutingTrace, record
 from moekit.run.policy import CachePolicy, policy
 from moekit.run.replay import Counters, bound, replay
@@ -107,21 +107,6 @@ def tried(trace: RoutingTrace, share: float, more: Mapping[str, Make] | None = N
     return found | {"belady": bound(trace, room, phase="decode")}
 
 
-def interval(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and 95 % t interval over seeds, for JSON."""
-    return vars(Interval.over_seeds(values))
-
-
 def gap(first: Sequence[float], second: Sequence[float]) -> dict[str, Any]:
     """First minus second, paired by seed."""
     return interval([a - b for a, b in zip(first, second, strict=True)])
-
-
-def over_seeds(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The same nested figures of every seed as one, each leaf an :func:`interval`."""
-    return {
-        name: over_seeds([one[name] for one in found])
-        if isinstance(found[0][name], Mapping)
-        else interval([one[name] for one in found])
-        for name in found[0]
-    }

@@ -41,6 +41,17 @@ class Work:
     tokens: int
     own: tuple[tuple[str, ...], ...] = ()
 
+    @property
+    def setting(self) -> dict[str, Any]:
+        """For the record."""
+        return {
+            "sizes": SIZES,
+            "workers": self.workers,
+            "steps": self.steps,
+            "tokens_per_step_and_worker": self.tokens,
+            "context": LENGTH,
+        }
+
     def batches(self, seed: int, worker: int) -> Batches:
         """Drawn from the embedded models' last mixture, or from the worker's domains of it in the same proportions."""
         mixture = RECIPES["dense"].phases[0].mixture

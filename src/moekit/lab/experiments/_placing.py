@@ -8,8 +8,8 @@ layer shuffled, which keeps loads and cuts all that ties a token's layers togeth
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ import torch
 
 from moekit import lab
 from moekit.checkpoint import Checkpoint
-from moekit.measure import Interval
+from moekit.lab.experiments import Advance
+from moekit.lab.experiments._seeds import interval
 from moekit.parallel._links import Grid
 from moekit.parallel._solver_greedy import Baseline
 from moekit.parallel._traffic import Flow, imbalance, movement
@@ -103,17 +104,6 @@ def judged(placements: Sequence[Placement], trace: RoutingTrace) -> dict[str, fl
     return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
 
 
-def over_seeds(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The same nested figures with every number an interval over the runs."""
-    first = runs[0]
-    return {
-        name: over_seeds([run[name] for run in runs])
-        if isinstance(first[name], Mapping)
-        else vars(Interval.over_seeds([run[name] for run in runs]))
-        for name in first
-    }
-
-
 def means(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The same nested figures with every number a mean over the runs, to four digits: what decides nothing."""
     return {
@@ -132,4 +122,30 @@ def only(by_placer: Mapping[str, Mapping[str, Any]], *figures: str) -> dict[str,
 def less(runs: Sequence[Mapping[str, Mapping[str, float]]], ours: str, figure: str) -> dict[str, Any]:
     """Baseline minus ours in one figure, paired by run: [placer][figure] -> interval by placer."""
     others = [name for name in runs[0] if name != ours]
-    return {name: vars(Interval.over_seeds([run[name][figure] - run[ours][figure] for run in runs])) for name in others}
+    return {name: interval([run[name][figure] - run[ours][figure] for run in runs]) for name in others}
+
+
+Tried = Callable[[Mapping[str, RoutingTrace], int, int], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a placer gave: ``runs`` [devices][seed], ``anew`` [seed] on the most devices with routers drawn anew, and
+    the traces ``seen`` by seed."""
+
+    runs: dict[int, list[dict[str, Any]]]
+    anew: list[dict[str, Any]]
+    seen: dict[int, dict[str, RoutingTrace]]
+
+
+def swept(traces: Traces, seeds: Sequence[int], devices: Sequence[int], advance: Advance, tried: Tried) -> Sweep:
+    """``tried(traces by use, devices, seed)`` for every seed on every number of devices, then with the control."""
+    found = Sweep({count: [] for count in devices}, [], {seed: traces.by_use(seed) for seed in seeds})
+    traces.randomise(seeds[0])
+    steps = [(seed, count) for seed in seeds for count in devices]
+    for done, (seed, count) in enumerate(steps):
+        advance(done, len(steps))
+        found.runs[count].append(tried(found.seen[seed], count, seed))
+        if count == max(devices):
+            found.anew.append(tried(traces.by_use(seed), count, seed))
+    return found

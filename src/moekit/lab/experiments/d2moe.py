@@ -29,8 +29,8 @@ from moekit.formats import NestedBank
 from moekit.kernels.rewrites import BitWidths
 from moekit.lab.experiments import Advance, Outcome
 from moekit.lab.experiments._routing import DealtWidths, Judge, samples
-from moekit.lab.experiments._trial import Trial, gap
-from moekit.measure import Interval
+from moekit.lab.experiments._seeds import differences, each_seed, over_seeds
+from moekit.lab.experiments._trial import Trial
 from moekit.plan import LayerPlan, Plan, values
 
 BASE, WIDEST, GROUP, MEAN = 2, 4, 64, 3.0
@@ -41,10 +41,7 @@ DRAWS, MOST, EVERY = 2, 1.25, 4
 def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
     """Return losses, bytes and the differences. ``text`` is not used."""
     trial = Trial(calibration=4096, test=1024)
-    found = []
-    for done, seed in enumerate(seeds):
-        advance(done, len(seeds))
-        found.append(measure(trial, seed))
+    found = each_seed(seeds, advance, lambda seed: measure(trial, seed))
     figures = summary(found)
     return Outcome(shown=holds(figures), figures=figures, setting={**trial.setting, "bits": [BASE, WIDEST]})
 
@@ -104,14 +101,6 @@ def fitted(
 
 def summary(found: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
     """Intervals over seeds of every figure, and of the differences."""
-
-    def each(kind: str, name: str) -> list[float]:
-        return [one[kind][name] for one in found]
-
-    figures = {
-        kind: {name: vars(Interval.over_seeds(each(kind, name))) for name in found[0][kind]} for kind in found[0]
-    }
-    pairs = {"random - learned": ("random", "learned"), "planes 3 - learned": ("planes 3", "learned")}
-    pairs |= {f"planes {w} - gptq {w}": (f"planes {w}", f"gptq {w}") for w in range(BASE, WIDEST + 1)}
-    gaps = {name: vars(gap(each("kl", base), each("kl", ours))) for name, (base, ours) in pairs.items()}
-    return {"gap": gaps, **figures}
+    pairs = {"random - learned": ("kl", "random", "learned"), "planes 3 - learned": ("kl", "planes 3", "learned")}
+    pairs |= {f"planes {w} - gptq {w}": ("kl", f"planes {w}", f"gptq {w}") for w in range(BASE, WIDEST + 1)}
+    return {"gap": differences(found, pairs), **over_seeds(found)}

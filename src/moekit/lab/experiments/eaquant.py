@@ -44,8 +44,8 @@ from moekit.formats import DenseBank
 from moekit.kernels import forward
 from moekit.lab.experiments import Advance, Outcome
 from moekit.lab.experiments._rounding import CALIBRATED
-from moekit.lab.experiments._trial import DOMAINS, LENGTH, Trial, gap
-from moekit.measure import Interval
+from moekit.lab.experiments._seeds import differences, over_seeds
+from moekit.lab.experiments._trial import DOMAINS, LENGTH, Trial
 from moekit.plan import LayerPlan, LiveLoss, Plan, apply, values
 from moekit.plan.recombine import recombined
 from moekit.profile import Profile, profile
@@ -203,12 +203,4 @@ def starved(trial: Trial, judge: Profile, seed: int) -> dict[str, float]:
 
 def summary(found: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
     """Intervals over seeds of every figure, and of the differences of the rule."""
-
-    def each(kind: str, name: str) -> list[float]:
-        return [one[kind][name] for one in found]
-
-    rule = {name: vars(gap(each(kind, base), each(kind, ours))) for name, (kind, base, ours) in RULE.items()}
-    by_kind = {
-        kind: {name: vars(Interval.over_seeds(each(kind, name))) for name in found[0][kind]} for kind in found[0]
-    }
-    return {"rule": rule, **by_kind}
+    return {"rule": differences(found, RULE), **over_seeds(found)}

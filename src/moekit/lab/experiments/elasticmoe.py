@@ -30,7 +30,8 @@ from torch import Tensor
 
 from moekit.checkpoint import Checkpoint
 from moekit.lab.experiments import Advance, Outcome
-from moekit.lab.experiments._caching import Reader, over_seeds
+from moekit.lab.experiments._caching import Reader
+from moekit.lab.experiments._seeds import over_seeds
 from moekit.run._scaling import fewest_moves
 from moekit.run._scaling_service import ElasticService, How
 from moekit.run.elasticmoe import ElasticMoE

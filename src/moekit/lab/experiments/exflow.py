@@ -26,7 +26,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moekit.lab.experiments import Advance, Outcome
-from moekit.lab.experiments._placing import FIT, HELD_OUT, OTHER, Traces, baselines, judged, less, means, only, shuffled
+from moekit.lab.experiments._placing import (
+    FIT,
+    HELD_OUT,
+    OTHER,
+    Traces,
+    baselines,
+    judged,
+    less,
+    means,
+    only,
+    shuffled,
+    swept,
+)
 from moekit.parallel._links import Grid
 from moekit.parallel._traffic import Flow
 from moekit.parallel.exflow import ExFlow
@@ -39,28 +51,15 @@ SEQUENCES = 24
 
 def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
     """Return crossing, copies and gaps by devices. ``text`` is not used: traces come from the lab's domains."""
-    traces, runs = Traces(SEQUENCES), list[dict[str, Any]]()
-    controls: dict[str, list[dict[str, Any]]] = {ANEW: [], SHUFFLED: []}
+    traces = Traces(SEQUENCES)
     config = traces.model.config
     kv = 2 * config.num_key_value_heads * config.head_dim
-    by_seed = {}
-    for seed in seeds:
-        by_seed[seed] = traces.by_use(seed)
-    traces.randomise(seeds[0])
-    steps = [(seed, devices) for seed in seeds for devices in DEVICES]
-    for done, (seed, devices) in enumerate(steps):
-        advance(done, len(steps))
-        runs.append(tried(by_seed[seed], devices, seed))
-        if devices == max(DEVICES):
-            controls[ANEW].append(tried(traces.by_use(seed), devices, seed))
-            cut = {use: shuffled(trace, seed) for use, trace in by_seed[seed].items()}
-            controls[SHUFFLED].append(tried(cut, devices, seed))
-    figures: dict[str, Any] = {}
-    for devices in DEVICES:
-        own = [one for (_, p), one in zip(steps, runs, strict=True) if p == devices]
-        figures[f"{devices} devices"] = summary(own, devices, kv / config.hidden_size)
-    for name, found in controls.items():
-        figures[name] = {"less crossing, held-out": less([run[HELD_OUT] for run in found], OURS, "crossing")}
+    found = swept(traces, seeds, DEVICES, advance, tried)
+    figures = {f"{n} devices": summary(runs, n, kv / config.hidden_size) for n, runs in found.runs.items()}
+    cut = {seed: {use: shuffled(trace, seed) for use, trace in seen.items()} for seed, seen in found.seen.items()}
+    controls = {ANEW: found.anew, SHUFFLED: [tried(cut[seed], max(DEVICES), seed) for seed in seeds]}
+    for name, control in controls.items():
+        figures[name] = {"less crossing, held-out": less([run[HELD_OUT] for run in control], OURS, "crossing")}
     return Outcome(shown=holds(figures), figures=figures, setting=traces.setting)
 
 

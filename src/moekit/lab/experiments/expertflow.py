@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from moekit.lab.experiments import Advance, Outcome
-from moekit.lab.experiments._caching import LENGTH, Reader, capacity, gap, over_seeds
+from moekit.lab.experiments._caching import LENGTH, Reader, capacity, gap
+from moekit.lab.experiments._seeds import over_seeds
 from moekit.profile import RoutingTrace
 from moekit.run._batches import balanced_split, best_split, union_size
 from moekit.run._predictors_path import PathNet, PathPredictor, probabilities, train_path

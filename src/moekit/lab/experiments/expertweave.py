@@ -36,7 +36,8 @@ from moekit.blocks import MoEBlock, blocks
 from moekit.checkpoint import Checkpoint
 from moekit.formats import DenseBank
 from moekit.lab.experiments import Advance, Outcome
-from moekit.lab.experiments._caching import Reader, over_seeds
+from moekit.lab.experiments._caching import Reader
+from moekit.lab.experiments._seeds import over_seeds
 from moekit.run._adapters import Adapter
 from moekit.run._adapters_live import AdaptedModel
 from moekit.run.expertweave import ExpertWeave, fragmentation, memory_factor, relevance, select

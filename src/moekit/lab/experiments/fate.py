@@ -26,7 +26,8 @@ import torch
 from scipy.stats import spearmanr
 
 from moekit.lab.experiments import Advance, Outcome
-from moekit.lab.experiments._caching import Reader, capacity, gap, interval, over_seeds
+from moekit.lab.experiments._caching import Reader, capacity, gap
+from moekit.lab.experiments._seeds import each_seed, interval, over_seeds
 from moekit.profile import RoutingTrace
 from moekit.run._policies_arc import ARC
 from moekit.run._policies_known import Belady, demand
@@ -43,10 +44,8 @@ SHARE, WIDTH, DEPTH, RANKS = 0.5, 4, 6, (4, 6, 8)
 
 def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
     """Return recall by predictor and layer, hit rates by cache, and the rule's gaps. ``text`` is not used."""
-    reader, found = Reader(), []
-    for done, seed in enumerate(seeds):
-        advance(done, len(seeds))
-        found.append(measure(reader, seed))
+    reader = Reader()
+    found = each_seed(seeds, advance, lambda seed: measure(reader, seed))
     figures = summary(found)
     return Outcome(shown=holds(figures), figures=figures, setting={**reader.setting, "share": SHARE, "width": WIDTH})
 

@@ -33,8 +33,9 @@ from moekit.blocks.rewriting import attach
 from moekit.formats import DenseBank, PackedBank
 from moekit.kernels.rewrites import Routed
 from moekit.lab.experiments import Advance, Outcome
-from moekit.lab.experiments._caching import Reader, capacity, gap, over_seeds
+from moekit.lab.experiments._caching import Reader, capacity, gap
 from moekit.lab.experiments._routing import _Tried
+from moekit.lab.experiments._seeds import over_seeds
 from moekit.profile import RoutingTrace
 from moekit.profile.trace import Request
 from moekit.run._weighted_bound import least_penalty

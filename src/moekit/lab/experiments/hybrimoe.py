@@ -31,7 +31,8 @@ from typing import Any
 import numpy as np
 
 from moekit.lab.experiments import Advance, Outcome
-from moekit.lab.experiments._caching import SHARES, Reader, gap, over_seeds, tried, uniform
+from moekit.lab.experiments._caching import SHARES, Reader, gap, tried, uniform
+from moekit.lab.experiments._seeds import each_seed, over_seeds
 from moekit.profile import RoutingTrace
 from moekit.run.hybrimoe import HybriMoE
 from moekit.run.schedule import best_split, static_split
@@ -41,10 +42,8 @@ JUDGED, CACHED, EXPERTS = 0.5, 0.4, 8
 
 def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
     """Return hit rates by share, makespans by phase, and the rule's gaps. ``text`` is not used."""
-    reader, found = Reader(), []
-    for done, seed in enumerate(seeds):
-        advance(done, len(seeds))
-        found.append(measure(reader.trace("test", seed), seed))
+    reader = Reader()
+    found = each_seed(seeds, advance, lambda seed: measure(reader.trace("test", seed), seed))
     figures = summary(found)
     return Outcome(shown=holds(figures), figures=figures, setting={**reader.setting, "cached": CACHED})
 

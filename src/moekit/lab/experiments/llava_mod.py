@@ -35,6 +35,7 @@ from moekit.build._upcycle import copies, upcycle
 from moekit.build.llava_mod import LlavaMod
 from moekit.lab.experiments import Advance, Outcome
 from moekit.lab.experiments._building import LENGTH, LM, Ground, gap, means
+from moekit.lab.experiments._seeds import each_seed
 from moekit.measure import compare, together, windows
 from moekit.stream import LoadedModel
 from moekit.train import Objective, Preference, TrainOptions, pair_batches, prefer
@@ -50,10 +51,7 @@ DENSE = {"lm": LM, "kd": Objective()}
 def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
     """Return both figures by student, and what preference did. ``text`` is not used."""
     trial = Trial()
-    found = []
-    for done, seed in enumerate(seeds):
-        advance(done, len(seeds))
-        found.append(trial.measure(seed))
+    found = each_seed(seeds, advance, lambda seed: trial.measure(seed))
     figures = summary(found)
     sizes = {"test_bytes_per_domain": TEST_BYTES}
     setting = {**trial.ground.setting, **sizes, "teacher": TEACHER, "steps": STEPS, "preference_steps": PAIR_STEPS}

@@ -23,7 +23,8 @@ import numpy as np
 from scipy.stats import binom
 
 from moekit.lab.experiments import Advance, Outcome
-from moekit.lab.experiments._caching import Reader, decoded, gap, interval, one_layer, over_seeds, uniform
+from moekit.lab.experiments._caching import Reader, decoded, gap, one_layer, uniform
+from moekit.lab.experiments._seeds import each_seed, interval, over_seeds
 from moekit.profile import RoutingTrace
 from moekit.run.local_routing_consistency import SegmentCache, srp, window_counts
 from moekit.run.policy import policy
@@ -34,10 +35,8 @@ WINDOW, ROOM = 16, 2
 
 def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
     """Return SRP and hit rates over cells, their correlations, and the rule's figures. ``text`` is not used."""
-    reader, found = Reader(), []
-    for done, seed in enumerate(seeds):
-        advance(done, len(seeds))
-        found.append(measure(decoded(reader.trace("test", seed), prompt=1), seed))
+    reader = Reader()
+    found = each_seed(seeds, advance, lambda seed: measure(decoded(reader.trace("test", seed), prompt=1), seed))
     figures = summary(found)
     return Outcome(shown=holds(figures), figures=figures, setting={**reader.setting, "window": WINDOW, "prompt": 1})
 

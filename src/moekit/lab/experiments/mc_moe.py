@@ -30,33 +30,30 @@ from moekit.compress._skip import ratio_skip
 from moekit.formats import PackedBank
 from moekit.lab.experiments import Advance, Outcome
 from moekit.lab.experiments._routing import Judge, dealt, mean_kept, ratio_at, samples
-from moekit.lab.experiments._trial import Trial, gap
-from moekit.measure import Interval
+from moekit.lab.experiments._seeds import differences, each_seed, over_seeds
+from moekit.lab.experiments._trial import Trial
 from moekit.plan import LayerPlan, Plan, values
 
 GROUP, DRAWS, PROTECT = 64, 4, 0.02
 FACTORS = {"pmq": EXPONENTS, "phi": (1.0, 0.0, 0.0), "eps": (0.0, 0.0, 2.0)}
 SKIPS = {"half": 0.5, "quarter": 0.25}
 PAIRS = {
-    "equal - pmq": ("equal", "pmq"),
-    "random - pmq": ("random", "pmq"),
-    "random skip - odp": ("random skip half", "odp half"),
+    "equal - pmq": ("kl", "equal", "pmq"),
+    "random - pmq": ("kl", "random", "pmq"),
+    "random skip - odp": ("kl", "random skip half", "odp half"),
 }
 BESIDE = {
-    "phi - pmq": ("phi", "pmq"),
-    "eps - pmq": ("eps", "pmq"),
-    "random skip - odp, quarter": ("random skip quarter", "odp quarter"),
-    "unprotected - odp": ("unprotected half", "odp half"),
+    "phi - pmq": ("kl", "phi", "pmq"),
+    "eps - pmq": ("kl", "eps", "pmq"),
+    "random skip - odp, quarter": ("kl", "random skip quarter", "odp quarter"),
+    "unprotected - odp": ("kl", "unprotected half", "odp half"),
 }
 
 
 def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
     """Return losses by contestant and the differences. ``text`` is not used."""
     trial = Trial(calibration=4096, test=1024)
-    found = []
-    for done, seed in enumerate(seeds):
-        advance(done, len(seeds))
-        found.append(measure(trial, seed))
+    found = each_seed(seeds, advance, lambda seed: measure(trial, seed))
     figures = summary(found)
     return Outcome(shown=holds(figures), figures=figures, setting={**trial.setting, "bits": 2, "group_size": GROUP})
 
@@ -116,14 +113,4 @@ def _mixed(banks: Sequence[PackedBank], widths: Sequence[int]) -> LayerPlan:
 
 def summary(found: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
     """Intervals over seeds of every figure, and of the differences."""
-
-    def each(kind: str, name: str) -> list[float]:
-        return [one[kind][name] for one in found]
-
-    def gaps(pairs: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
-        return {name: vars(gap(each("kl", base), each("kl", ours))) for name, (base, ours) in pairs.items()}
-
-    figures = {
-        kind: {name: vars(Interval.over_seeds(each(kind, name))) for name in found[0][kind]} for kind in found[0]
-    }
-    return {"rule": gaps(PAIRS), "beside": gaps(BESIDE), **figures}
+    return {"rule": differences(found, PAIRS), "beside": differences(found, BESIDE), **over_seeds(found)}

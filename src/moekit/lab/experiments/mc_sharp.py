@@ -27,8 +27,8 @@ import torch
 from moekit.compress._heads import train_heads
 from moekit.lab.experiments import Advance, Outcome
 from moekit.lab.experiments._routing import Judge, Rewrites, dealt, fixed, mean_kept, ratio_at, samples
+from moekit.lab.experiments._seeds import over_seeds
 from moekit.lab.experiments._trial import DOMAINS, Trial, gap
-from moekit.measure import Interval
 from moekit.plan import Plan
 from moekit.plan.rewriting import rewrite_of
 from moekit.stream import LoadedModel
@@ -109,9 +109,7 @@ def summary(found: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any
     def each(kind: str, name: str) -> list[float]:
         return [one[kind][name] for one in found]
 
-    figures: dict[str, Any] = {
-        kind: {name: vars(Interval.over_seeds(each(kind, name))) for name in found[0][kind]} for kind in ("kl", "kept")
-    }
+    figures = over_seeds([{kind: one[kind] for kind in ("kl", "kept")} for one in found])
     figures["kept"]["first"] = {"mean": found[0]["kept"]["trained"]}
     figures["gap"] = {name: vars(gap(each("kl", name), each("kl", "trained"))) for name in BASELINES}
     figures["gap"]["fitted, ratio"] = vars(gap(each("kl", "fitted, ratio"), each("kl", "fitted")))

@@ -28,6 +28,7 @@ import numpy as np
 from moekit.compress import method
 from moekit.lab.experiments import Advance, Outcome
 from moekit.lab.experiments._rounding import CALIBRATED, imbalance, output_error
+from moekit.lab.experiments._seeds import each_seed
 from moekit.lab.experiments._trial import DOMAINS, LENGTH, Trial, gap
 from moekit.measure import Interval
 from moekit.profile import Profile, profile, self_sampled_texts
@@ -41,10 +42,7 @@ TEXTS = ("self", "prose", "mixture", "noise")
 def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
     """Return losses by calibration and method, and the three differences. ``text`` is not used."""
     trial = Trial(calibration=2 * SEQUENCES * TOKENS, test=4096)
-    found = []
-    for done, seed in enumerate(seeds):
-        advance(done, len(seeds))
-        found.append(measure(trial, seed))
+    found = each_seed(seeds, advance, lambda seed: measure(trial, seed))
     figures = summary(found)
     setting = {**trial.setting, "bits": BITS, "tokens": SEQUENCES * TOKENS, "tau": 1.2, "width": 4}
     return Outcome(shown=holds(figures), figures=figures, setting=setting)

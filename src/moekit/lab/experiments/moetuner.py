@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from moekit.lab.experiments import Advance, Outcome
-from moekit.lab.experiments._placing import FIT, HELD_OUT, OTHER, Traces, baselines, judged, less, means, only
+from moekit.lab.experiments._placing import FIT, HELD_OUT, OTHER, Traces, baselines, judged, less, means, only, swept
 from moekit.parallel import _solver_links, _solver_local
 from moekit.parallel._links import Grid
 from moekit.parallel._traffic import Flow
@@ -39,19 +39,10 @@ SEQUENCES = 12
 
 def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
     """Return tail load and busiest link by devices. ``text`` is not used: traces come from the lab's domains."""
-    traces, runs, controls = Traces(SEQUENCES), list[dict[str, Any]](), list[dict[str, Any]]()
-    by_seed = {seed: traces.by_use(seed) for seed in seeds}
-    traces.randomise(seeds[0])
-    steps = [(seed, devices) for seed in seeds for devices in DEVICES]
-    for done, (seed, devices) in enumerate(steps):
-        advance(done, len(steps))
-        runs.append(tried(by_seed[seed], devices, seed))
-        if devices == max(DEVICES):
-            controls.append(tried(traces.by_use(seed), devices, seed))
-    figures: dict[str, Any] = {}
-    for devices in DEVICES:
-        figures[f"{devices} devices"] = summary([r for (_, p), r in zip(steps, runs, strict=True) if p == devices])
-    anew = summary(controls)
+    traces = Traces(SEQUENCES)
+    found = swept(traces, seeds, DEVICES, advance, tried)
+    figures = {f"{devices} devices": summary(runs) for devices, runs in found.runs.items()}
+    anew = summary(found.anew)
     figures["control: routers drawn anew"] = {name: anew[name] for name in anew if name.startswith("less")}
     return Outcome(shown=holds(figures), figures=figures, setting=traces.setting)
 

@@ -29,7 +29,8 @@ import torch
 from scipy.stats import spearmanr
 
 from moekit.lab.experiments import Advance, Outcome
-from moekit.lab.experiments._placing import DOMAINS, Traces, over_seeds
+from moekit.lab.experiments._placing import DOMAINS, Traces
+from moekit.lab.experiments._seeds import over_seeds
 from moekit.measure.machine import CostModel, fastest
 from moekit.parallel._links import Grid
 from moekit.parallel._placement_shape import Shape, step_seconds

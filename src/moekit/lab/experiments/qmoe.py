@@ -27,8 +27,8 @@ import torch
 from moekit.formats import DenseBank, TernaryBank
 from moekit.lab.experiments import Advance, Outcome
 from moekit.lab.experiments._rounding import CALIBRATED, output_error
-from moekit.lab.experiments._trial import DOMAINS, LENGTH, Trial, gap
-from moekit.measure import Interval
+from moekit.lab.experiments._seeds import differences, each_seed, over_seeds
+from moekit.lab.experiments._trial import DOMAINS, LENGTH, Trial
 from moekit.plan import LayerPlan, Plan, values
 from moekit.profile import profile
 
@@ -45,10 +45,7 @@ PAIRS = {
 def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
     """Return losses, rates and the differences. ``text`` is not used."""
     trial = Trial(test=4096)
-    found = []
-    for done, seed in enumerate(seeds):
-        advance(done, len(seeds))
-        found.append(measure(trial, seed))
+    found = each_seed(seeds, advance, lambda seed: measure(trial, seed))
     figures = summary(found) | {"wide": {f"{width} columns": wide(width) for width in WIDTHS}}
     return Outcome(shown=holds(figures), figures=figures, setting={**trial.setting, "sample": 4096})
 
@@ -116,12 +113,4 @@ def wide(columns: int) -> dict[str, float]:
 
 def summary(found: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
     """Intervals over seeds of every figure, and of the differences of the rule."""
-
-    def each(kind: str, name: str) -> list[float]:
-        return [one[kind][name] for one in found]
-
-    by_kind = {
-        kind: {name: vars(Interval.over_seeds(each(kind, name))) for name in found[0][kind]} for kind in found[0]
-    }
-    gaps = {name: vars(gap(each(kind, base), each(kind, ours))) for name, (kind, base, ours) in PAIRS.items()}
-    return {"gap": gaps, **by_kind}
+    return {"gap": differences(found, PAIRS), **over_seeds(found)}

@@ -32,7 +32,8 @@ from moekit.build._dense import DenseFFN, dense_layers
 from moekit.build._split import replace_layer
 from moekit.lab.experiments import Advance, Outcome
 from moekit.lab.experiments._building import LM, Ground, keep_units, one_domain
-from moekit.lab.experiments._caching import gap, over_seeds
+from moekit.lab.experiments._caching import gap
+from moekit.lab.experiments._seeds import each_seed, over_seeds
 from moekit.measure import bits_per_byte
 from moekit.run._batches import expert_batches
 from moekit.run.policy import policy
@@ -59,10 +60,8 @@ ROUTER_RATE, RATE, FADE, TEST_BYTES, BATCH = 3e-3, 1e-3, 0.8, 2048, 8
 
 def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
     """Return bits per byte by contestant, what the router chose, batches and misses. ``text`` is not used."""
-    ground, found = Ground(), []
-    for done, seed in enumerate(seeds):
-        advance(done, len(seeds))
-        found.append(measure(ground, seed))
+    ground = Ground()
+    found = each_seed(seeds, advance, lambda seed: measure(ground, seed))
     figures = summary(found)
     setting = {"model": "moekit:dense", "fingerprint": ground.source.fingerprint, "domains": list(DOMAINS)}
     more = {"rounds": ROUNDS, "steps": STEPS, "tokens_per_step": LENGTH * len(DOMAINS)}

@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 
 from moekit.lab.experiments import Advance, Outcome
-from moekit.lab.experiments._caching import SHARES, Reader, capacity, gap, over_seeds, uniform
+from moekit.lab.experiments._caching import SHARES, Reader, capacity, gap, uniform
+from moekit.lab.experiments._seeds import over_seeds
 from moekit.profile import RoutingTrace
 from moekit.run.policy import CachePolicy, policy
 from moekit.run.replay import bound, replay

@@ -25,6 +25,7 @@ from moekit.build._split import unit_scores
 from moekit.build.sparse_unified import SparseUnified
 from moekit.lab.experiments import Advance, Outcome
 from moekit.lab.experiments._building import Ground, gap, keep_units, means
+from moekit.lab.experiments._seeds import each_seed
 
 EXPERTS, TOP_K, STEPS, ROWS = 8, 4, 80, 16
 ROUTER_RATE, RATE = 1e-2, 1e-3
@@ -38,10 +39,7 @@ PAIRS = {
 def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
     """Return losses by contestant and the three differences. ``text`` is not used."""
     ground = Ground()
-    found = []
-    for done, seed in enumerate(seeds):
-        advance(done, len(seeds))
-        found.append(measure(ground, seed))
+    found = each_seed(seeds, advance, lambda seed: measure(ground, seed))
     figures = summary(found)
     setting = {**ground.setting, "experts": EXPERTS, "top_k": TOP_K, "steps": STEPS}
     return Outcome(shown=holds(figures), figures=figures, setting=setting)

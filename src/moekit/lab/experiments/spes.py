@@ -23,7 +23,7 @@ from typing import Any
 
 from moekit.lab.experiments import Advance, Outcome
 from moekit.lab.experiments._building import gap, means
-from moekit.lab.experiments._outer_training import LENGTH, SIZES, Work, apart_run, deal, named
+from moekit.lab.experiments._outer_training import Work, apart_run, deal, named
 from moekit.parallel._ranks import LocalRanks
 from moekit.parallel.spes import Spes
 from moekit.parallel.streaming_diloco import StreamingDiLoCo
@@ -63,15 +63,7 @@ def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
                     losses[kind][f"{name} {seed}"] = runs[name]["loss"]
                     done += 1
     figures = {kind: summary(named(found, seeds)) for kind, found in losses.items()} | sizes(runs)
-    setting = {
-        "sizes": SIZES,
-        "workers": WORKERS,
-        "steps": STEPS,
-        "tokens_per_step_and_worker": TOKENS,
-        "context": LENGTH,
-        "every": EVERY,
-        "domains_apart": OWN,
-    }
+    setting = {**WORKS["alike"].setting, "every": EVERY, "domains_apart": OWN}
     return Outcome(shown=holds(figures), figures=figures, setting=setting)
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from moekit.lab.experiments import Advance, Outcome
 from moekit.lab.experiments._building import gap, means
-from moekit.lab.experiments._outer_training import LENGTH, SIZES, Work, apart_run, deal, named
+from moekit.lab.experiments._outer_training import Work, apart_run, deal, named
 from moekit.parallel._codec import codec
 from moekit.parallel._outer_link import SlowLink
 from moekit.parallel._ranks import LocalRanks
@@ -70,15 +70,7 @@ def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
             waited[name] = ranks.ask(apart_run, row, short, seeds[0], SLOW)
             done += 1
     figures = summary(named(losses, seeds), traffic, waited)
-    setting = {
-        "sizes": SIZES,
-        "workers": WORKERS,
-        "steps": STEPS,
-        "tokens_per_step_and_worker": TOKENS,
-        "context": LENGTH,
-        "every": EVERY,
-        "emulated_bytes_per_second": SLOW.bandwidth,
-    }
+    setting = {**work.setting, "every": EVERY, "emulated_bytes_per_second": SLOW.bandwidth}
     return Outcome(shown=holds(figures), figures=figures, setting=setting)
 
 
