@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from ..blocks.recipe import ACTIVATIONS as STOCK
 from ..contract import Context
+from .costs import NoisySoftmax
 from .parts import Site
+from .sinkhorn import SelectiveSinkhorn
 
 
 class Softmax(nn.Module):
@@ -48,5 +50,11 @@ class Identity(nn.Module):
         return logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
 
 
-ACTIVATIONS: dict[str, Callable[..., Any]] = {"softmax": Softmax, "sigmoid": Sigmoid, "identity": Identity}
+ACTIVATIONS: dict[str, Callable[..., Any]] = {
+    "softmax": Softmax,
+    "sigmoid": Sigmoid,
+    "identity": Identity,
+    "noisy-softmax": NoisySoftmax,
+    "selective-sinkhorn": SelectiveSinkhorn,
+}
 """By the name a configuration gives; called with (logits_TE, context)."""

@@ -31,7 +31,7 @@ class ModulatedExperts(nn.Module):
         if form not in FORMS:
             raise OptionError(f"form={form!r} of modulated experts: choose one of {', '.join(FORMS)}")
         size, wide = site.hidden_size, width or site.intermediate_size
-        self.num_experts = site.num_experts
+        self.num_experts, self.top_k = site.num_experts, site.top_k
         self.norm = nn.LayerNorm(size)
         self.base_gate, self.base_up = nn.Linear(size, size, bias=False), nn.Linear(size, size, bias=False)
         linear = form == "linear"
@@ -48,6 +48,11 @@ class ModulatedExperts(nn.Module):
             init.copy_(self.modulation_bias, start + torch.randn_like(start) * std)
         else:
             init.normal_(self.modulation, mean=0.0, std=std)
+
+    def active_parameters(self) -> int:
+        """What one token uses: the shared parts once, modulations k times."""
+        own = sum(p.numel() for p in (self.modulation, self.modulation_bias) if p is not None)
+        return sum(p.numel() for p in self.parameters()) - own + self.top_k * own // self.num_experts
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[T, H]; the id E marks an unused slot."""

@@ -45,7 +45,7 @@ class PowerExperts(nn.Module):
         ids = list(range(count // 2, count)) if shifted is None else list(shifted)
         if not all(0 <= i < count for i in ids):
             raise OptionError(f"shifted={ids} of power-of-two experts: the layer has the experts 0 to {count - 1}")
-        self.num_experts = count
+        self.num_experts, self.top_k = count, site.top_k
         self.hidden_dim, self.intermediate_dim = site.hidden_size, site.intermediate_size
         self.gate_up_weight = nn.Parameter(torch.empty(count, 2 * site.intermediate_size, site.hidden_size))
         self.down_weight = nn.Parameter(torch.empty(count, site.hidden_size, site.intermediate_size))
@@ -63,6 +63,10 @@ class PowerExperts(nn.Module):
     @property
     def down_proj(self) -> Tensor:
         return self._mixed(self.down_weight)
+
+    def active_parameters(self) -> int:
+        """What one token uses."""
+        return self.top_k * (self.gate_up_weight.numel() + self.down_weight.numel()) // self.num_experts
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[T, H], as :class:`Experts` computes it."""

@@ -43,7 +43,7 @@ class SubspaceExperts(nn.Module):
         self.columns = math.floor(width / math.sqrt(count)) if columns is None else columns
         if not 1 <= self.columns <= width:
             raise OptionError(f"columns={self.columns} of an expert: the backbone has {width}")
-        self.num_experts, self.width = count, width
+        self.num_experts, self.width, self.top_k = count, width, site.top_k
         self.up, self.down = (nn.Parameter(torch.empty(width, site.hidden_size)) for _ in range(2))
         self.topology = nn.Parameter(torch.empty(count, count))
         self.act_fn = ACT2FN[site.activation]
@@ -77,6 +77,10 @@ class SubspaceExperts(nn.Module):
         """[N, H, R], the mean influence folded in."""
         order, strength = self.chosen()
         return (self.down[order] * strength[:, None, None]).transpose(1, 2)
+
+    def active_parameters(self) -> int:
+        """What one token uses."""
+        return self.top_k * (2 * self.columns * self.up.shape[1] + self.num_experts)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[T, H], expert by expert."""
