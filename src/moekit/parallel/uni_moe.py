@@ -8,7 +8,7 @@ Uses: blocks (edit, put), parallel._shards; copies of a dense layer are build's 
 Differs: whole experts and connectors are trained where the paper trains low-rank additions to them. Branches may be
     models in one process, or ranks of their own that exchange nothing until the experts are gathered.
 Claim: less bias between modalities and better generalisation than dense counterparts tuned on the same data.
-Shown: not tried
+Shown: lab.experiments.uni_moe
 """
 
 from __future__ import annotations
