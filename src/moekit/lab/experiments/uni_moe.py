@@ -2,7 +2,7 @@
 
 Setting: the embedded dense model, upcycled to 3 experts a layer, top-2, each a copy of its layer. A prompt is "rev: ",
 five letters of 16 and "=", and the answer the letters backwards, which the model can do; but the letters are told by
-one of three modalities. `codes`: a fixed random vector of 36 numbers per letter; `grid`: a random 6 x 6 pattern, shifted
+one of three modalities. `codes`: a fixed random vector of 36 numbers per letter; `grid`: a random 6 x 6 pattern, turned
 at random around both edges; `signal`: 36 samples of a wave of the letter's frequency at a random phase. Noise (0.3) is
 added to each and a frozen random encoder applied (tanh of a random map to 64 features). Linear connectors lead from
 there to the model's embeddings. Batches of 16 prompts; connectors and experts (and the router, where there is one to
