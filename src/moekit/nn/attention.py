@@ -1,4 +1,4 @@
-"""Attention over earlier tokens, in the kinds a configuration can name.
+"""Attention over earlier tokens: the plain kind, and what the kinds with routed heads have in common with it.
 
 Shapes by suffix: B sequences, S positions, N heads, D head size, H hidden size.
 """
@@ -13,15 +13,24 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..contract import Context
+from ..errors import OptionError
+from .stick_breaking import stick_breaking
 
 
 class Attention(nn.Module):
-    """Causal softmax attention with rotary positions and grouped keys and values; run by transformers' own backends."""
+    """Causal attention with grouped keys and values.
+
+    ``weights``: "softmax" with rotary positions, run by transformers' own backends, or "stick-breaking" without any.
+    Raises :class:`OptionError` for others.
+    """
 
     is_causal = True
 
-    def __init__(self, config: Any, layer: int) -> None:
+    def __init__(self, config: Any, layer: int, *, weights: str = "softmax") -> None:
         super().__init__()
+        if weights not in ("softmax", *WEIGHTINGS):
+            raise OptionError(f"attention weights {weights!r}: choose one of softmax, {', '.join(WEIGHTINGS)}")
+        self.weights = weights
         self.config, self.layer_idx = config, layer
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
@@ -52,15 +61,28 @@ class Attention(nn.Module):
         self, hidden_BSH: Tensor, position: tuple[Tensor, Tensor], mask: Tensor | None, cache: Any, **kwargs: Any
     ) -> Tensor:
         """What each head attends to [B, S, N, D], before the output projection."""
+        query, key, value = self.projected(hidden_BSH, position)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        return self.attend(query, key, value, mask, **kwargs)
+
+    def projected(self, hidden_BSH: Tensor, position: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, N, S, D], in their places."""
         query, key, value = (
             project(hidden_BSH).unflatten(-1, (-1, self.head_dim))
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = self.q_norm(query).transpose(1, 2), self.k_norm(key).transpose(1, 2)
-        query, key, value = rotated(query, *position), rotated(key, *position), value.transpose(1, 2)
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
+        return self.placed(query, position), self.placed(key, position), value.transpose(1, 2)
+
+    def placed(self, x_BNSD: Tensor, position: tuple[Tensor, Tensor]) -> Tensor:
+        """Told where it stands, unless the weights follow from nearness anyway."""
+        return x_BNSD if self.weights in WEIGHTINGS else rotated(x_BNSD, *position)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
+        """[B, S, N, D] of queries [B, N, S, D], keys and values [B, groups, keys, D]."""
+        own = WEIGHTINGS.get(self.weights)
+        attend = own or ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
         out, _ = attend(self, query, key, value, mask, dropout=0.0, scaling=self.scaling, **kwargs)
         return out
 
@@ -81,5 +103,5 @@ def eager(
     return (weight @ value).transpose(1, 2).contiguous(), weight
 
 
-ATTENTIONS: dict[str, Callable[..., Any]] = {"softmax": Attention}
-"""By the name a configuration gives; built with (config, layer), called as :class:`Attention` is."""
+WEIGHTINGS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"stick-breaking": stick_breaking}
+"""What weighs earlier tokens otherwise than by a softmax, by the name a configuration gives."""

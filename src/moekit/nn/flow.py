@@ -52,7 +52,26 @@ def within(context: Context) -> Context:
     return replace(context, previous=own.routing, extra={**context.extra, "carry": own})
 
 
+def by_sequence(values_T: Tensor, context: Context) -> Tensor:
+    """[B, S, ..] of [T, ..]: sequences of one length stand one after the other; all of it is one where none are told."""
+    sequence = context.sequence
+    batch = 1 if sequence is None or not len(sequence) else int(sequence[-1]) + 1
+    return values_T.reshape(batch, len(values_T) // batch, *values_T.shape[1:])
+
+
+def real(values_T: Tensor, context: Context) -> Tensor:
+    """bool [T]: tokens, not padding."""
+    if context.padding is not None:
+        return ~context.padding
+    return torch.ones(len(values_T), dtype=torch.bool, device=values_T.device)
+
+
 def extended(context: Context, **extra: Any) -> Context:
     """The context with more in ``extra``."""
     merged: Mapping[str, Any] = {**context.extra, **extra}
     return replace(context, extra=merged)
+
+
+def recomputed() -> bool:
+    """Whether this pass is a forward run again inside the backward (checkpointing), which must count nothing twice."""
+    return torch._C._current_graph_task_id() != -1

@@ -20,11 +20,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM
 
 from ..contract import Context
-from .attention import ATTENTIONS
+from ..errors import OptionError
 from .block import BLOCKS
 from .config import MoekitConfig
 from .flow import begin, carry, within
-from .parts import make
+from .mixers import ATTENTIONS
+from .parts import make, one_model
 from .sublayers import FEED_FORWARDS
 from .wiring import WIRINGS
 
@@ -60,6 +61,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         kind = "dense" if dense else config.feed_forward_of(layer)
         self.mlp = make("feed-forward", FEED_FORWARDS, kind, config, layer)
         self.wiring = make("wiring", WIRINGS, "residual" if dense else config.wiring, site, self.mlp)
+        self.active = True  # a schedule may leave a layer out
 
     def forward(self, hidden_states: Tensor, context: Context, **attention: Any) -> tuple[Tensor, Context]:
         """(hidden states, the context for the next layer)."""
@@ -112,6 +114,10 @@ class MoekitPreTrainedModel(PreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         return True
 
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """What layers have in common is tied whether the embeddings are or not."""
+        return super().get_expanded_tied_weights_keys(all_submodels) | repeated(self)
+
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """moekit's kernels, unless others are asked for."""
         return super().get_correct_experts_implementation(requested_experts or "moekit")
@@ -123,25 +129,35 @@ class MoekitPreTrainedModel(PreTrainedModel):
             module.initialise(self.config.initializer_range)
 
 
+def repeated(model: nn.Module) -> dict[str, str]:
+    """Further names of parameters that several modules hold, each with the first name of the same parameter."""
+    first: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(p)] for name, p in named if first.setdefault(id(p), name) != name}
+
+
 class MoekitModel(MoekitPreTrainedModel):
     """The decoder without its head."""
 
     def __init__(self, config: MoekitConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList([DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)])
+        with one_model():
+            self.layers = nn.ModuleList([DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)])
         self.memory = None
         if config.memory is not None:
             self.memory = make("memory", FEED_FORWARDS, config.memory, config, config.num_hidden_layers - 1)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
         self.gradient_checkpointing = False
+        self._tied_weights_keys = repeated(self)
         self.post_init()
 
     @property
     def can_cache(self) -> bool:
         """Whether a key-value cache is all that generation must keep (no part says ``cached = False``)."""
-        return all(getattr(module, "cached", True) for module in self.layers.modules())
+        counted = self.layers[0].active  # the cache tells its length by the first layer
+        return counted and all(getattr(module, "cached", True) for module in self.layers.modules())
 
     def forward(
         self,
@@ -162,6 +178,8 @@ class MoekitModel(MoekitPreTrainedModel):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None and self.can_cache and not self.training:
             past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None and not self.can_cache:
+            raise OptionError("a part of this model needs all of the text: run it without past_key_values")
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(embeds.shape[1], device=embeds.device)[None] + past
@@ -174,7 +192,7 @@ class MoekitModel(MoekitPreTrainedModel):
         )
         context = self._context(embeds, input_ids, attention_mask, position_ids, modality_ids, task_ids)
         hidden, position = embeds, self.rotary_emb(embeds, position_ids)
-        for layer in self.layers:
+        for layer in (layer for layer in self.layers if layer.active):
             hidden, context = layer(
                 hidden,
                 context,
@@ -247,6 +265,10 @@ class MoekitForCausalLM(MoekitPreTrainedModel, GenerationMixin):
             losses=out.losses,
             expert_load=out.expert_load,
         )
+
+    def generate(self, *inputs: Any, **kwargs: Any) -> Any:
+        """As in transformers; a model that cannot cache runs the text anew for every token."""
+        return super().generate(*inputs, **kwargs if self.model.can_cache else {**kwargs, "use_cache": False})
 
 
 AutoModel.register(MoekitConfig, MoekitModel, exist_ok=True)

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ..contract import Context
+from .calibrated import Calibrated
+from .given import Given, Offered
 from .parts import Site
+from .permutation import Permuted
+from .recurrent import Recurrent, Residual
+from .task_aware import TaskAware
+from .tree import Tree
 
 
 class Linear(nn.Module):
@@ -67,6 +73,18 @@ class Cosine(nn.Module):
         return F.linear(F.normalize(x_TH, dim=-1), F.normalize(self.weight, dim=-1)) / self.temperature
 
 
-SCORERS: dict[str, Callable[..., Any]] = {"linear": Linear, "mlp": MLP, "cosine": Cosine}
+SCORERS: dict[str, Callable[..., Any]] = {
+    "linear": Linear,
+    "mlp": MLP,
+    "cosine": Cosine,
+    "recurrent": Recurrent,
+    "residual": Residual,
+    "tree": Tree,
+    "permuted": Permuted,
+    "given": Given,
+    "calibrated": Calibrated,
+    "task-aware": TaskAware,
+    "offered": Offered,
+}
 """By the name a configuration gives. A scorer is called with (x_TH, context); ``initialise(std)`` sets its own
 parameters; what it keeps for the next layer goes into ``flow.carry(context).state``."""

@@ -15,25 +15,11 @@ from torch import Tensor, nn
 
 from ..contract import PAD, Context
 from ..errors import OptionError
+from .capacity import Capped
+from .expert_choice import ExpertChoice
 from .parts import Site
-
-
-def ranked(scores_TE: Tensor, bias: Tensor | None) -> Tensor:
-    """What is sorted: scores plus bias; NaN, which no comparison orders, counts as least."""
-    out = scores_TE if bias is None else scores_TE + bias.to(scores_TE.dtype)
-    return out.masked_fill(out.isnan(), -math.inf)
-
-
-def best(ranks_TE: Tensor, k: int) -> Tensor:
-    """int64 [T, min(k, E)]: the highest ranks, highest first; PAD where fewer are allowed."""
-    values, expert = ranks_TE.topk(min(k, ranks_TE.shape[1]), dim=1)
-    return expert.masked_fill(values == -math.inf, PAD)
-
-
-def kept(scores_TE: Tensor, keep_TE: Tensor) -> Tensor:
-    """int64 [T, K]: every choice marked in a bool mask, highest score first; K is the most that any token keeps."""
-    width = int(keep_TE.sum(1).max()) if keep_TE.numel() else 0
-    return best(scores_TE.masked_fill(~keep_TE, -math.inf), max(width, 1))
+from .ranking import best, ranked
+from .thresholds import Percentile, Support
 
 
 class TopK(nn.Module):
@@ -86,5 +72,13 @@ class Grouped(nn.Module):
         return (inner + first).masked_fill(values == -math.inf, PAD).flatten(1)
 
 
-SELECTORS: dict[str, Callable[..., Any]] = {"top-k": TopK, "top-p": TopP, "grouped": Grouped}
+SELECTORS: dict[str, Callable[..., Any]] = {
+    "top-k": TopK,
+    "top-p": TopP,
+    "grouped": Grouped,
+    "percentile": Percentile,
+    "support": Support,
+    "capped": Capped,
+    "expert-choice": ExpertChoice,
+}
 """By the name a configuration gives; called with (scores_TE, context, bias)."""

@@ -1,0 +1,59 @@
+"""Scorers that do not look at hidden states: logits come from outside.
+
+Shapes by suffix: T tokens, H hidden size, E choices.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..contract import Context
+from ..errors import OptionError
+from .parts import Site
+
+LABELS = ("modality", "task")
+
+
+def label_of(context: Context, name: str) -> Tensor:
+    """int64 [T]: what the context says each token's label is; raises :class:`OptionError` where it says nothing."""
+    label = getattr(context, name)
+    if label is None:
+        raise OptionError(f"routing by {name} needs {name}_ids with the input")
+    return label
+
+
+def known_label(name: str) -> str:
+    if name not in LABELS:
+        raise OptionError(f"labels called {name!r}: choose one of {', '.join(LABELS)}")
+    return name
+
+
+class Given(nn.Module):
+    """Expert i for the tokens with label i, and no other: 0 for it, -inf for the rest. Nothing is learnt.
+
+    ``label`` is "modality" or "task". Raises :class:`OptionError` for labels without an expert.
+    """
+
+    def __init__(self, site: Site, *, label: str = "modality") -> None:
+        super().__init__()
+        self.label, self.choices = known_label(label), site.choices
+
+    def forward(self, x_TH: Tensor, context: Context) -> Tensor:
+        label_T = label_of(context, self.label)
+        if len(label_T) and not 0 <= int(label_T.min()) <= int(label_T.max()) < self.choices:
+            raise OptionError(f"{self.label} ids up to {int(label_T.max())} need as many experts, not {self.choices}")
+        barred = torch.full((len(x_TH), self.choices), -torch.inf, dtype=x_TH.dtype, device=x_TH.device)
+        return barred.scatter(1, label_T[:, None], 0.0)
+
+
+class Offered(nn.Module):
+    """Logits [T, E] that whoever calls the router has computed: ``context.extra["offered"]``."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+
+    def forward(self, x_TH: Tensor, context: Context) -> Tensor:
+        if "offered" not in context.extra:
+            raise OptionError("the scorer 'offered' only works where something offers logits, as in attention by query")
+        return context.extra["offered"]

@@ -1,0 +1,20 @@
+"""What mixes tokens along a sequence, in the kinds a configuration can name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .attention import Attention
+from .attention_experts import AttentionExperts
+from .heads import Heads
+from .selected_heads import SelectedHeads
+
+ATTENTIONS: dict[str, Callable[..., Any]] = {
+    "softmax": Attention,
+    "heads": Heads,
+    "experts": AttentionExperts,
+    "selected": SelectedHeads,
+}
+"""By the name a configuration gives; built with (config, layer), called as :class:`Attention` is. One that needs more
+than the key-value cache to go on generating says ``cached = False``."""
