@@ -118,6 +118,7 @@ def thinned(values: Sequence[float], points: int = 30) -> list[float]:
 def judged(model: Any, seed: int) -> dict[str, Any]:
     """Bits per byte by domain on the seed's unseen text, what a token used, and how even the load was."""
     bits, loads, tokens, use = {}, None, 0, Use(model)
+    lost: list[Tensor] = []
     with use:
         for domain in DOMAINS:
             ids = windows(domain, seed)
@@ -125,7 +126,9 @@ def judged(model: Any, seed: int) -> dict[str, Any]:
             for rows in ids.split(16):
                 out = model(input_ids=rows, use_cache=False)
                 logits = out.logits[:, :-1].flatten(0, 1).float()
-                nats += float(torch.nn.functional.cross_entropy(logits, rows[:, 1:].reshape(-1), reduction="sum"))
+                loss = torch.nn.functional.cross_entropy(logits, rows[:, 1:].reshape(-1), reduction="none")
+                lost.append(loss.view(len(rows), -1))
+                nats += float(loss.sum())
                 tokens += rows.numel()
                 load = [count.clone() for count in out.expert_load]
                 loads = load if loads is None else [a + b for a, b in zip(loads, load, strict=True)]
@@ -137,6 +140,7 @@ def judged(model: Any, seed: int) -> dict[str, Any]:
         "load": [load.tolist() for load in loads or ()],
         "total": sum(p.numel() for p in model.parameters()),
         "active": round(use.active(tokens)),
+        "slots_follow_loss": use.follows(torch.cat(lost)),
     }
 
 
@@ -155,6 +159,7 @@ class Use:
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.slots = model, dict[nn.Module, int]()
+        self.tokens: dict[nn.Module, list[Tensor]] = {}
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Use:
@@ -176,8 +181,22 @@ class Use:
         experts = sum(used / tokens * size(module) / module.num_experts for module, used in self.slots.items())
         return plain + experts + sum(module.active_parameters() for module in special)
 
+    def follows(self, loss_BS: Tensor) -> float | None:
+        """Correlation over positions of the slots used in all layers with the loss of the next token; None where every
+        token uses as many, or where they cannot be told apart."""
+        counts = [torch.cat(parts) for parts in self.tokens.values()]
+        positions = len(loss_BS) * (loss_BS.shape[1] + 1)
+        if not counts or any(len(count) != positions for count in counts):
+            return None
+        used = torch.stack(counts).sum(0).view(len(loss_BS), -1)[:, :-1].flatten().double()
+        if bool((used == used[0]).all()):
+            return None
+        return round(float(torch.corrcoef(torch.stack((used, loss_BS.flatten().double())))[0, 1]), 4)
+
     def _count(self, module: Any, args: Sequence[Any]) -> None:
-        self.slots[module] += int((args[1] < module.num_experts).sum())
+        used = (args[1] < module.num_experts).sum(1)
+        self.slots[module] += int(used.sum())
+        self.tokens.setdefault(module, []).append(used)
 
 
 def size(module: nn.Module) -> int:
