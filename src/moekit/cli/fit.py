@@ -80,8 +80,8 @@ def fit(
 
     profile = observed(checkpoint, model, seen, machine, {"hidden"}, partial(fitting_bytes, checkpoint))
     budget = {"size": size, "memory": memory, "context": context, "ratio": ratio}
-    if speed is not None:
-        weighed = paged(checkpoint, profile, memory, context, speed)
+    weighed = None if speed is None else paged(checkpoint, profile, memory, context, speed)
+    if weighed is not None:
         budget = {"size": weighed.nbytes}
         if not as_json:
             _show.say(str(weighed))
@@ -101,7 +101,7 @@ def fit(
         prove(output, checkpoint, machine, result.plan)
     if spool is not None:
         spool.tidy()
-    _report(result, receipt, output, as_json)
+    _report(result, receipt, output, weighed, as_json)
 
 
 def paged(
@@ -166,12 +166,15 @@ def search(
     return result, judge
 
 
-def _report(result: "FitResult", receipt: "Receipt | None", output: Path | None, as_json: bool) -> None:
+def _report(
+    result: "FitResult", receipt: "Receipt | None", output: Path | None, weighed: "Weighed | None", as_json: bool
+) -> None:
     measured = receipt.divergence["kl"] if receipt and receipt.divergence else None
     if as_json:
         _show.emit(
             {
                 "budget": {"bytes": result.budget.nbytes, "asked": result.budget.asked},
+                "paging": weighed.as_dict() if weighed else None,
                 "bytes": result.nbytes,
                 "bytes_source": result.source_nbytes,
                 "predicted": result.predicted,

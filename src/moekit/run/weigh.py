@@ -10,6 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -48,6 +49,16 @@ class Weighed:
             f"time; reading allows {self.speed:.3g} tokens/s at most (lru on the profile's trace, "
             f"{gigabytes(self.rate)}/s from the disk)."
         )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; ``tokens_per_second`` is None where nothing is read."""
+        return {
+            "bytes": self.nbytes,
+            "experts_in_memory": self.experts,
+            "experts": self.all_experts,
+            "tokens_per_second": self.speed if self.experts < self.all_experts else None,
+            "disk_bytes_per_second": self.rate,
+        }
 
 
 def weigh(source: Checkpoint, profile: Profile, memory: int, speed: float, rate: float) -> Weighed:
