@@ -1,22 +1,28 @@
 """Compressed experts (n 73): fine-tuned with half of their slots, do models gain by vectors in place of the others?
 
-Setting: the embedded model (top-4), fine-tuned on prose four times from the same weights, on the same batches: with
-all 4 slots, with the 2 heaviest, and with the 2 heaviest and vectors per expert for the other 2, either one on the
-input or, as in the authors' code, three on what each matrix reads. All weights are trained, 40 steps of 512 tokens of
-the training split, learning rate 0.001. Judged in bits per byte on 8192 bytes of the test split of prose.
+Setting: the embedded model (top-4), fine-tuned on prose whose small letters are exchanged for one another, which it has
+not seen, four times from the same weights, on the same batches: with all 4 slots, with the 2 heaviest, and with the 2
+heaviest and vectors per expert for the other 2, either one on the input or, as in the authors' code, three on what each
+matrix reads. All weights are trained, 40 steps of 512 tokens of the training split, learning rate 0.001. Judged in bits
+per byte on 8192 bytes of the test split.
 
 Rule, written before the first run. `shown` if and only if the 95 % t interval over seeds of bits per byte of 2 slots
-minus 2 slots with vectors lies above zero. If vectors tie with 2 slots alone, the claim is falsified. The vectors that
-decide are the authors' three, written down before the first run that had them; runs before that had only one on the
-input, which tied. What one on the input does, the share of what 2 slots lose against 4 that vectors win back, and the
-losses before fine-tuning, are reported.
+minus 2 slots with vectors lies above zero. If vectors tie with 2 slots alone, the claim is falsified. What one vector
+on the input does, the share of what 2 slots lose against 4 that vectors win back, and the losses before fine-tuning,
+are reported.
+
+The rule has stood in three settings, each settled before its run. Plain prose, one vector: a tie (0.0006 in favour).
+Plain prose, three vectors: a tie (0.0001). There fine-tuning made every way worse (1.85 to 1.91 with all slots), as the
+model had been trained on prose, so that nothing could be learned by anything: hence the exchanged letters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from string import ascii_lowercase
 from typing import Any
 
+import numpy as np
 import torch
 
 from moekit import lab
@@ -52,7 +58,12 @@ def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
         advance(done, len(seeds))
         found.append({name: one for way in WAYS for name, one in tuned(source, way, seed).items()})
     figures = summary(found)
-    setting = {"model": "moekit:mini", "fingerprint": source.fingerprint, "steps": STEPS, "domain": DOMAIN}
+    setting = {
+        "model": "moekit:mini",
+        "fingerprint": source.fingerprint,
+        "steps": STEPS,
+        "domain": f"{DOMAIN}, letters exchanged",
+    }
     return Outcome(shown=holds(figures), figures=figures, setting=setting)
 
 
@@ -65,9 +76,9 @@ def tuned(source: Checkpoint, way: str, seed: int) -> dict[str, float]:
     """Bits per byte before and after, and by how much the vectors moved from 1."""
     runner = LoadedModel.load(source, dtype=torch.float32)
     tokenizer, make = source.tokenizer(), WAYS[way]
-    body = lab.text(DOMAIN, "train", 2 * STEPS * ROWS * LENGTH, seed)
+    body = exchanged(lab.text(DOMAIN, "train", 2 * STEPS * ROWS * LENGTH, seed))
     rows = [row for row in token_rows({DOMAIN: [body]}, tokenizer, LENGTH) if len(row) == LENGTH]
-    test = [lab.text(DOMAIN, "test", TEST_BYTES, seed)]
+    test = [exchanged(lab.text(DOMAIN, "test", TEST_BYTES, seed))]
 
     def loss() -> float:
         return bits_per_byte(runner, test, tokenizer, length=2 * LENGTH, batch_size=8)["text"].mean
@@ -80,6 +91,12 @@ def tuned(source: Checkpoint, way: str, seed: int) -> dict[str, float]:
         result = {f"{way} before": before, way: loss()}
     moved = [(theta - 1).abs().mean() for one in rewrites.values() for theta in one.parameters()]
     return result | ({f"{way} moved": float(torch.stack(moved).mean())} if moved else {})
+
+
+def exchanged(text: str) -> str:
+    """The same text with every small letter replaced by another, one and the same everywhere."""
+    order = np.random.default_rng(0).permutation(len(ascii_lowercase))
+    return text.translate(str.maketrans(ascii_lowercase, "".join(ascii_lowercase[i] for i in order)))
 
 
 def summary(found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
