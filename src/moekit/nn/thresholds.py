@@ -13,6 +13,7 @@ from transformers import initialization as init
 
 from ..contract import Context
 from ..errors import OptionError
+from .flow import recomputed
 from .parts import Site
 from .ranking import kept, ranked
 
@@ -56,7 +57,7 @@ class Percentile(nn.Module):
         if not self.training and not bool(self.threshold.isnan()):
             return self.threshold.to(ranks_TE.dtype)
         now = percentile(ranks_TE[ranks_TE > -math.inf][None], self.share)[0, 0]
-        if self.training and bool(now.isfinite()):
+        if self.training and not recomputed() and bool(now.isfinite()):
             before = torch.where(self.threshold.isnan(), now, self.threshold)
             self.threshold.copy_(before + self.pace * (now - before))
         return now
@@ -72,7 +73,7 @@ def percentile(values_RN: Tensor, share: float) -> Tensor:
         return values_RN.new_full((rows, 1), math.inf)
     rising = values_RN.sort(1).values
     finite = (values_RN > -math.inf).sum(1, keepdim=True)
-    place = count - finite + torch.ceil(share * (finite - 1)).to(torch.int64)
+    place = count - finite + torch.ceil(share * (finite - 1).double()).to(torch.int64)
     return rising.gather(1, place.clamp(0, count - 1))
 
 
