@@ -30,6 +30,19 @@ class Softmax(nn.Module):
         return STOCK["softmax"](wide if self.temperature == 1 else wide / self.temperature)
 
 
+class GumbelSoftmax(Softmax):
+    """The softmax of logits plus Gumbel noise while training, without noise otherwise (EvoMoE, dense-to-sparse gate).
+
+    The lower ``temperature``, the nearer it is to one choice drawn with the probabilities of the plain softmax.
+    """
+
+    def forward(self, logits_TE: Tensor, context: Context) -> Tensor:
+        if self.training:
+            wide = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
+            logits_TE = wide - torch.empty_like(wide).exponential_().clamp(min=torch.finfo(wide.dtype).tiny).log()
+        return super().forward(logits_TE, context)
+
+
 class Sigmoid(nn.Module):
     """Each choice for itself, in float32 at least."""
 
@@ -52,6 +65,7 @@ class Identity(nn.Module):
 
 ACTIVATIONS: dict[str, Callable[..., Any]] = {
     "softmax": Softmax,
+    "gumbel-softmax": GumbelSoftmax,
     "sigmoid": Sigmoid,
     "identity": Identity,
     "noisy-softmax": NoisySoftmax,

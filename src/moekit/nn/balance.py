@@ -50,7 +50,7 @@ class Importance(nn.Module):
         super().__init__()
 
     def forward(self, seen: Seen) -> Tensor:
-        return variation(seen.mean(seen.probability_TE))
+        return variation(seen.mean(seen.probability_TE)[seen.candidates_E])
 
 
 BALANCES: dict[str, Callable[..., Any]] = {

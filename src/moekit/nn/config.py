@@ -38,6 +38,8 @@ class MoekitConfig(PreTrainedConfig):
     qk_norm: bool = False
     num_experts: int | list[int] = 16
     num_experts_per_tok: int | list[int] = 2
+    experts: str | dict = "stacked"
+    layers_per_bank: int = 1
     dense_layers: list[int] | None = None
     others: list[str] | None = None
     router: dict | None = None
@@ -71,17 +73,26 @@ class MoekitConfig(PreTrainedConfig):
 
         Raises :class:`OptionError` for sizes that do not fit together.
         """
+        experts = sum(self._at("num_experts", other) for other in self.bank_layers(layer))
         return Site(
             hidden_size=self.hidden_size,
             intermediate_size=self.moe_intermediate_size,
-            num_experts=self._at("num_experts", layer),
+            num_experts=experts,
             top_k=self._at("num_experts_per_tok", layer),
-            choices=self._at("num_experts", layer) + len(self.others or ()),
+            choices=experts + len(self.others or ()),
             layer=layer,
             num_layers=self.num_hidden_layers,
             vocab_size=self.vocab_size,
             activation=self.hidden_act,
         )
+
+    def bank_layers(self, layer: int) -> list[int]:
+        """The MoE layers that choose from the same experts as ``layer``, neighbours all."""
+        size = self.layers_per_bank
+        if size < 1:
+            raise OptionError(f"layers_per_bank={size}: give 1 for a bank per layer, or more")
+        group = range(layer - layer % size, min(layer - layer % size + size, self.num_hidden_layers))
+        return [other for other in group if other == layer or other not in (self.dense_layers or ())]
 
     def attention_of(self, layer: int) -> str | dict:
         """The kind of attention of a layer."""

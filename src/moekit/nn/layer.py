@@ -62,6 +62,7 @@ class MoE(nn.Module):
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         context = context or begin(1, len(x_TH), x_TH.device)
         router = gate or self.gate
+        context = router.entered(x_TH, context)  # balance terms see the same scores, also where they are drawn
         routing = router.routing(router(x_TH, context))
         y_TH = self.routed(x_TH, routing, context)
         self._tell(x_TH, routing, router, context)

@@ -24,29 +24,34 @@ class Load(nn.Module):
     what f and P are taken: each "sequence" (then the mean), the "micro" batch, all micro-batches "accumulated" since
     the last update, or those of all ranks too ("global"; Demons in the Detail). The wider two widen f only: P is the
     micro-batch's, which gives the gradient of the whole. ``probability``: "softmax", the router's own "scores", or the
-    softmax over those "chosen" alone.
+    softmax over those "chosen" alone. With ``groups`` so many equal groups of neighbours are balanced instead, such as
+    the experts of one device (DeepSeekMoE, device-level balance). Choices that are no candidates do not count.
     """
 
     count_E: Tensor
 
-    def __init__(self, site: Site, *, scope: str = "micro", probability: str = "softmax") -> None:
+    def __init__(self, site: Site, *, scope: str = "micro", probability: str = "softmax", groups: int = 0) -> None:
         super().__init__()
         if scope not in SCOPES:
             raise OptionError(f"scope={scope!r} of a load-balancing loss: choose one of {', '.join(SCOPES)}")
         if probability not in _PROBABILITIES:
             raise OptionError(f"probability={probability!r} of a load-balancing loss: choose softmax, scores or chosen")
-        self.scope, self.probability = scope, probability
-        self.register_buffer("count_E", torch.zeros(site.choices), persistent=False)
+        if groups < 0 or (groups and site.choices % groups):
+            raise OptionError(f"{groups} groups do not divide {site.choices} choices evenly")
+        self.scope, self.probability, self.groups = scope, probability, groups
+        self.register_buffer("count_E", torch.zeros(groups or site.choices), persistent=False)
 
     def forward(self, seen: Seen) -> Tensor:
-        probability = getattr(seen, _PROBABILITIES[self.probability])
+        probability = self._grouped(getattr(seen, _PROBABILITIES[self.probability]))
+        chosen = self._grouped(seen.chosen_TE)
+        candidates = (self._grouped(seen.candidates_E.float()) > 0).sum()
         if self.scope == "sequence":
-            return self._by_sequence(seen, probability)
-        count = seen.chosen_TE.sum(0)
+            return candidates * self._by_sequence(seen, probability, chosen)
+        count = chosen.sum(0)
         if self.scope != "micro":
             self.count_E += self._everywhere(count)
             count = self.count_E.clone()
-        return probability.shape[1] * (self.shares(count) * seen.mean(probability)).sum()
+        return candidates * (self.shares(count) * seen.mean(probability)).sum()
 
     def shares(self, count_E: Tensor) -> Tensor:
         """f [.., E] of counts."""
@@ -62,16 +67,19 @@ class Load(nn.Module):
             torch.distributed.all_reduce(count_E)
         return count_E
 
-    def _by_sequence(self, seen: Seen, probability_TE: Tensor) -> Tensor:
+    def _grouped(self, values: Tensor) -> Tensor:
+        return values.unflatten(-1, (self.groups, -1)).sum(-1) if self.groups else values
+
+    def _by_sequence(self, seen: Seen, probability_TE: Tensor, chosen_TE: Tensor) -> Tensor:
         sequence = seen.context.sequence
         if sequence is None:
             sequence = torch.zeros(len(seen.x_TH), dtype=torch.int64, device=seen.x_TH.device)
         rows = int(sequence.max()) + 1 if len(sequence) else 1
         sums = probability_TE.new_zeros(rows, probability_TE.shape[1])
-        count_BE = sums.index_add(0, sequence, seen.chosen_TE)
+        count_BE = sums.index_add(0, sequence, chosen_TE)
         mass_BE = sums.index_add(0, sequence, probability_TE * seen.real_T[:, None])
         length_B = sums[:, 0].index_add(0, sequence, seen.real_T)
-        terms = (self.shares(count_BE) * mass_BE / length_B[:, None].clamp(min=1)).sum(1) * probability_TE.shape[1]
+        terms = (self.shares(count_BE) * mass_BE / length_B[:, None].clamp(min=1)).sum(1)
         return terms[length_B > 0].mean() if bool((length_B > 0).any()) else terms.sum()
 
 

@@ -90,7 +90,8 @@ class Router(nn.Module):
 
     def entered(self, x_TH: Tensor, context: Context | None) -> Context:
         """The context of one pass through the three stages, which may look at the hidden states too."""
-        return extended(context or Context(), hidden=x_TH, scores={})
+        context = context or Context()
+        return context if context.extra.get("hidden") is x_TH else extended(context, hidden=x_TH, scores={})
 
     def routing(self, output: tuple[Any, ...]) -> Routing:
         """What :meth:`forward` returned as a :class:`Routing`."""

@@ -4,32 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
+from .elastic import Candidates, Members
+from .moment import Moment
 from .parts import make
-
-
-@dataclass(frozen=True)
-class Moment:
-    """One step of a run. What is drawn at random depends on this and on nothing else: any step can be replayed."""
-
-    step: int
-    steps: int
-    seed: int = 0
-
-    def share(self, begin: float, until: float) -> float:
-        """How much of the stretch from ``begin`` to ``until`` (shares of the run) is over: 0 to 1."""
-        done = self.step / self.steps
-        return min(1.0, max(0.0, (done - begin) / (until - begin))) if until > begin else float(done >= until)
-
-    def generator(self, salt: int = 0) -> torch.Generator:
-        return torch.Generator().manual_seed((self.seed * 1_000_003 + self.step) * 1_009 + salt)
 
 
 class Moving:
@@ -92,7 +78,7 @@ class Draw:
         chances = [1.0] * len(values) if chances is None else list(chances)
         if not values or len(chances) != len(values) or min(chances) < 0 or not sum(chances) > 0:
             raise OptionError(f"{len(values)} values need as many chances, none negative, got {chances}")
-        self.values, self.chances = list(values), torch.tensor(chances)
+        self.values, self.chances = list(values), torch.tensor(chances, dtype=torch.float32)
 
     def __call__(self, moment: Moment, module: nn.Module) -> Any:
         return self.values[int(torch.multinomial(self.chances, 1, generator=moment.generator()))]
@@ -118,7 +104,7 @@ class Pool:
         if count >= choices:
             return None
         mask = torch.zeros(choices, dtype=torch.bool)
-        mask[torch.randperm(choices, generator=moment.generator())[:count]] = True
+        mask[torch.randperm(choices, generator=moment.generator(own=True))[:count]] = True
         return mask
 
 
@@ -129,6 +115,8 @@ COURSES: dict[str, Callable[..., Any]] = {
     "steps": Steps,
     "draw": Draw,
     "pool": Pool,
+    "candidates": Candidates,
+    "members": Members,
 }
 """By the name a recipe gives; called with (moment, module that owns the attribute), returns its value."""
 
@@ -145,6 +133,7 @@ class Schedule:
 
     def __init__(self, model: nn.Module, target: str, course: Mapping[str, Any]) -> None:
         pattern, _, self.attribute = target.rpartition(".")
+        self.stream = crc32(target.encode())  # two schedules never draw the same numbers
         self.course = make("course", COURSES, course)
         found = [module for name, module in model.named_modules() if fnmatchcase(name, pattern)]
         self.modules = [module for module in found if hasattr(module, self.attribute)]
@@ -156,6 +145,7 @@ class Schedule:
 
     def apply(self, moment: Moment) -> None:
         """Give the attribute its value for this step."""
-        for module in self.modules:
-            value = self.course(moment, module)
+        moment = replace(moment, stream=self.stream, of=len(self.modules))
+        for number, module in enumerate(self.modules):
+            value = self.course(replace(moment, number=number), module)
             setattr(module, self.attribute, round(value) if self.whole and isinstance(value, float) else value)

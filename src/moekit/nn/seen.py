@@ -41,8 +41,15 @@ class Seen:
     @cached_property
     def scores_TE(self) -> Tensor:
         """The router's own scores, made to sum to 1."""
-        scores = self.router.activation(self.routing.logits, self.context)
+        scores = self.router.scores(self.routing.logits, self.context)
         return scores / scores.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+
+    @cached_property
+    def candidates_E(self) -> Tensor:
+        """bool [E]: what the router may choose at present."""
+        pool = getattr(self.router, "pool", None)
+        every = torch.ones(self.logits_TE.shape[1], dtype=torch.bool, device=self.x_TH.device)
+        return every if pool is None else pool.to(self.x_TH.device)
 
     @cached_property
     def real_T(self) -> Tensor:

@@ -19,7 +19,7 @@ from .capacity import Capped
 from .expert_choice import ExpertChoice
 from .parts import Site
 from .ranking import best, ranked
-from .thresholds import Percentile, Support
+from .thresholds import Percentile, Support, Threshold
 
 
 class TopK(nn.Module):
@@ -77,6 +77,7 @@ SELECTORS: dict[str, Callable[..., Any]] = {
     "top-p": TopP,
     "grouped": Grouped,
     "percentile": Percentile,
+    "threshold": Threshold,
     "support": Support,
     "capped": Capped,
     "expert-choice": ExpertChoice,

@@ -6,6 +6,7 @@ Shapes by suffix: B sequences, S positions, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 
 from ..contract import Context
 from .balance import balance_term
+from .banks import BANKS
 from .correction import Correction
-from .experts import KINDS, Experts, FeedForward
+from .experts import KINDS, FeedForward
 from .layer import MoE
-from .parts import make
+from .parts import Site, make
 from .router import Router
 
 
@@ -25,12 +27,20 @@ def moe_layer(config: Any, layer: int) -> MoE:
     site = config.site(layer)
     return MoE(
         Router(site, config.router, corrected=config.correction is not None),
-        Experts(config, site),
+        bank(config, site),
         shared=shared_expert(config),
         others=[make("expert", KINDS, kind, site) for kind in config.others or ()],
         balance={name: balance_term(name, spec, site) for name, spec in (config.balance or {}).items()},
         correction=None if config.correction is None else make("", {"": Correction}, {"kind": "", **config.correction}),
     )
+
+
+def bank(config: Any, site: Site) -> nn.Module:
+    """The experts of a layer, or those of a group of layers, which is one module in all of them (ReXMoE)."""
+    create = partial(make, "experts", BANKS, config.experts, config, site)
+    if config.layers_per_bank == 1:
+        return create()
+    return site.shared(f"experts from layer {min(config.bank_layers(site.layer))} on", create)
 
 
 def dense_layer(config: Any, layer: int) -> FeedForward:

@@ -77,6 +77,23 @@ def percentile(values_RN: Tensor, share: float) -> Tensor:
     return rising.gather(1, place.clamp(0, count - 1))
 
 
+class Threshold(nn.Module):
+    """Every choice with a score above ``least``, the best in any case and ``most`` at most (EvoMoE: 0.001)."""
+
+    def __init__(self, site: Site, *, least: float = 1e-3, most: int | None = None) -> None:
+        super().__init__()
+        self.least, self.most = least, site.choices if most is None else most
+        if not 1 <= self.most <= site.choices:
+            raise OptionError(f"most={self.most} of {site.choices} experts: give 1 to {site.choices}")
+
+    def forward(self, scores_TE: Tensor, context: Context, bias: Tensor | None = None) -> Tensor:
+        ranks = ranked(scores_TE, bias)
+        if not len(ranks):
+            return kept(ranks, ranks > 0)
+        above = (scores_TE > self.least).scatter(1, ranks.argmax(1, keepdim=True), True)
+        return kept(ranks, above & (ranks > -math.inf))[:, : self.most]
+
+
 class Support(nn.Module):
     """Every choice with a positive score: for scores that are exactly 0 where nothing is wanted. ``most``: no more."""
 
