@@ -5,10 +5,13 @@ Method: (1) a step's time is the sum of its operators' measured laws; (2) a toke
     keeps one of its experts and inside it to the devices, where a flat exchange sends one copy per device; gathering
     all tokens of a node's peers sends nodes - 1; (3) loads are predicted by a window of recent steps, and experts are
     placed anew when busiest-device rows x seconds per row x window saved exceed experts moved x seconds per expert.
-Uses: parallel._placement_shape, parallel._solver_greedy, measure.machine; the exchange itself is parallel.exchange
+    Besides: the balance loss takes f and P over all tokens of an expert-parallel group; norms on both sides of every
+    sublayer, the outer one's gain begun at c / sqrt(L), and matrices begun with deviation sqrt(1 / (2 d L)).
+Uses: parallel._placement_shape, parallel._solver_greedy, parallel._group_balance, parallel._sandwich, measure.machine;
+    the exchange itself is parallel.exchange
 Differs: from the abstract and summaries of the report, so (3)'s window and threshold are ours, and devices keep equal
-    counts of experts. Depth-scaled norms, the balance loss over an expert-parallel group, swapping and overlap are not
-    here. Operators are measured on a CPU; nothing is said about NPUs.
+    counts of experts. Swapping and overlap are not here. The balance loss and the norms are checked, not tried.
+    Operators are measured on a CPU; nothing is said about NPUs.
 Claim: MFU from 18.9 % to 30.0 %, 0.61 M to 1.46 M tokens per second on 4,000 to 6,000 NPUs.
 Shown: lab.experiments.pangu_ultra_moe
 """
