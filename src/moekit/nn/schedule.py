@@ -120,12 +120,15 @@ COURSES: dict[str, Callable[..., Any]] = {
 }
 """By the name a recipe gives; called with (moment, module that owns the attribute), returns its value."""
 
+TRAINABLE = "trainable"
+
 
 class Schedule:
     """Sets one attribute, in every module that a shell pattern names, before each step.
 
     ``target`` is a pattern of a module's path and the attribute's name: ``*.layers.[0-3].mlp.gate.selector.k``. An
-    attribute that holds a whole number stays one.
+    attribute that holds a whole number stays one. ``trainable`` is an attribute of every module: while it is false, its
+    parameters are frozen (staged training).
 
     Raises:
         OptionError: no module matches, or one has no such attribute.
@@ -136,16 +139,19 @@ class Schedule:
         self.stream = crc32(target.encode())  # two schedules never draw the same numbers
         self.course = make("course", COURSES, course)
         found = [module for name, module in model.named_modules() if fnmatchcase(name, pattern)]
-        self.modules = [module for module in found if hasattr(module, self.attribute)]
+        self.modules = [module for module in found if self.attribute == TRAINABLE or hasattr(module, self.attribute)]
         if not found:
             raise OptionError(f"schedule {target!r}: no module of the model is called {pattern}")
         if not self.modules:
             raise OptionError(f"schedule {target!r}: {type(found[0]).__name__} has no attribute {self.attribute!r}")
-        self.whole = all(type(getattr(module, self.attribute)) is int for module in self.modules)
+        self.whole = all(type(getattr(module, self.attribute, None)) is int for module in self.modules)
 
     def apply(self, moment: Moment) -> None:
         """Give the attribute its value for this step."""
         moment = replace(moment, stream=self.stream, of=len(self.modules))
         for number, module in enumerate(self.modules):
             value = self.course(replace(moment, number=number), module)
+            if self.attribute == TRAINABLE:
+                module.requires_grad_(bool(value))
+                continue
             setattr(module, self.attribute, round(value) if self.whole and isinstance(value, float) else value)
