@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..contract import Context, Routing
 from .balance import Seen
 from .correction import Correction
-from .flow import begin, carry
+from .flow import begin, carry, recomputed
 from .router import Router
 
 
@@ -48,7 +48,7 @@ class MoE(nn.Module):
         self.others = nn.ModuleList(others)
         balance = balance or {}
         self.balance = nn.ModuleDict({name: term for name, (_, term) in balance.items()})
-        self.weight_of = {name: weight for name, (weight, _) in balance.items()}
+        self.weight_of = Weights({name: weight for name, (weight, _) in balance.items()})
         self.correction = correction
         self.register_buffer("count_E", torch.zeros(router.num_experts, dtype=torch.int64), persistent=False)
 
@@ -97,11 +97,24 @@ class MoE(nn.Module):
         flow.load.append(count)
         if not self.training:
             return
-        self.count_E += count
+        if not recomputed():
+            self.count_E += count
         listen(self.balance, self.weight_of, Seen(x_TH, routing, router, self.experts, context))
 
 
-def listen(terms: Mapping[str, nn.Module], weights: Mapping[str, float], seen: Seen) -> None:
+class Weights(nn.Module):
+    """How much each balance term counts: an attribute by the name of each, so that a schedule can move it."""
+
+    def __init__(self, weights: Mapping[str, float]) -> None:
+        super().__init__()
+        for name, weight in weights.items():
+            setattr(self, name, float(weight))
+
+    def __getitem__(self, name: str) -> float:
+        return getattr(self, name)
+
+
+def listen(terms: Mapping[str, nn.Module], weights: Weights | Mapping[str, float], seen: Seen) -> None:
     """Put the value of each balance term, times its weight, among the carry's losses."""
     for name, term in terms.items():
         carry(seen.context).lose(name, weights[name] * term(seen))

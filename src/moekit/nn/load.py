@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
+from .flow import recomputed
 from .parts import Site
 from .seen import Seen, share
 
@@ -49,7 +50,8 @@ class Load(nn.Module):
             return candidates * self._by_sequence(seen, probability, chosen)
         count = chosen.sum(0)
         if self.scope != "micro":
-            self.count_E += self._everywhere(count)
+            if not recomputed():
+                self.count_E += self._everywhere(count)
             count = self.count_E.clone()
         return candidates * (self.shares(count) * seen.mean(probability)).sum()
 

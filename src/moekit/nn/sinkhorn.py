@@ -42,6 +42,7 @@ def transport(
 
 def residual(plan_TE: Tensor) -> float:
     """The larger 2-norm of the two marginals' errors."""
+    plan_TE = plan_TE.detach()
     tokens, choices = plan_TE.shape
     return max(float((plan_TE.sum(1) - 1).norm()), float((plan_TE.sum(0) - tokens / choices).norm()))
 
