@@ -64,7 +64,9 @@ def test_a_head_that_is_not_chosen_adds_nothing() -> None:
     heads = made(Heads, k=1, shared=1)
     x = torch.randn(1, 5, 16)
     gate = heads.gates(x[0], begin(1, 5, x.device))
-    assert gate.shape == (5, 4) and ((gate[:, 1:] > 0).sum(1) == 1).all() and (gate[:, 0] > 0).all()
+    assert gate.shape == (5, 4)
+    assert ((gate[:, 1:] > 0).sum(1) == 1).all()
+    assert (gate[:, 0] > 0).all()
     routed = heads.router.gate.score(x[0], begin(1, 5, x.device)).softmax(-1)
     mix, chosen = heads.mix(x[0]).softmax(-1), routed.max(1)
     torch.testing.assert_close(gate[:, 1:].sum(1), mix[:, 1] * chosen.values)
@@ -137,7 +139,8 @@ def test_stick_weights_equal_their_definition() -> None:
         for column in range(row, -1, -1):
             torch.testing.assert_close(weight[:, :, row, column], share[:, :, row, column] * left)
             left = left * (1 - share[:, :, row, column])
-    assert (weight.sum(-1) <= 1 + 1e-6).all() and (weight.triu(1) == 0).all()
+    assert (weight.sum(-1) <= 1 + 1e-6).all()
+    assert (weight.triu(1) == 0).all()
 
 
 def test_stick_weights_stay_finite_where_scores_are_extreme() -> None:

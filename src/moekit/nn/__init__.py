@@ -15,6 +15,7 @@ _PUBLIC = {
     "model": ("MoekitForCausalLM", "MoekitModel"),
     "parts": ("Site", "make"),
     "router": ("Router",),
+    "slices": ("cut", "joined"),
 }
 _FILE = {name: file for file, names in _PUBLIC.items() for name in names}
 

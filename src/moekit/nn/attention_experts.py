@@ -39,8 +39,8 @@ class AttentionExperts(Attention):
         self.num_heads, self.num_key_value_groups = heads, 1
         self.router = HeadRouter(site_of_heads(config, layer, experts, k), router, balance, "attention")
         width = heads * self.head_dim
-        self.q_proj = GroupedLinear(experts, config.hidden_size, width)  # type: ignore[assignment]
-        self.o_proj = GroupedLinear(experts, width, config.hidden_size)  # type: ignore[assignment]
+        self.q_proj = GroupedLinear(experts, config.hidden_size, width)
+        self.o_proj = GroupedLinear(experts, width, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import OptionError
 from .costs import Cost
 from .coupling import Coupling
+from .information import Concentration, MutualInformation
 from .load import KindLoad, Load
 from .parts import Site, make
 from .permutation import PermutationEntropy
@@ -59,6 +60,8 @@ BALANCES: dict[str, Callable[..., Any]] = {
     "z": ZLoss,
     "entropy": Entropy,
     "importance": Importance,
+    "mutual-information": MutualInformation,
+    "concentration": Concentration,
     "coupling": Coupling,
     "cost": Cost,
     "conflict": Conflict,

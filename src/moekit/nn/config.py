@@ -1,7 +1,5 @@
 """The configuration of a composable MoE language model: sizes, and the names of its parts."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -9,17 +7,20 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import AutoConfig
 
 from ..errors import OptionError
+from .depth import per_layer
 from .parts import Site
 
 
 @strict
 class MoekitConfig(PreTrainedConfig):
-    """Sizes as in stock families. What differs from layer to layer is a list with one entry per layer.
+    """Sizes as in stock families. What differs from layer to layer is a list with one entry per layer; for numbers of
+    experts also a rule over depth (``{kind = "descending", low = 8, high = 24}``, see ``nn.depth``).
 
-    ``router`` names the router's parts (see ``nn.router``), ``balance`` its auxiliary terms ({name: {weight,
-    options}}), ``correction`` the loss-free bias; ``others`` lists experts of other kinds (``["zero", "copy"]``);
-    ``dense_layers`` have one feed-forward of ``intermediate_size`` instead, other kinds of sublayer are named by
-    ``feed_forward``; ``memory`` is one sublayer that every layer is followed by; ``attention``, ``block`` and
+    ``experts`` names the kind of bank that holds a layer's experts; ``layers_per_bank`` neighbours choose from all of
+    theirs, held in one bank. ``router`` names the router's parts (see ``nn.router``), ``balance`` its auxiliary terms
+    ({name: {weight, options}}), ``correction`` the loss-free bias; ``others`` lists experts of other kinds (``["zero",
+    "copy"]``); ``dense_layers`` have one feed-forward of ``intermediate_size`` instead, other kinds of sublayer are
+    named by ``feed_forward``; ``memory`` is one sublayer that every layer is followed by; ``attention``, ``block`` and
     ``wiring`` name those parts. Parts are named as :mod:`moekit.nn.parts` says.
     """
 
@@ -36,12 +37,12 @@ class MoekitConfig(PreTrainedConfig):
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     qk_norm: bool = False
-    num_experts: int | list[int] = 16
-    num_experts_per_tok: int | list[int] = 2
+    num_experts: int | list[int] | dict = 16
+    num_experts_per_tok: int | list[int] | dict = 2
     experts: str | dict = "stacked"
     layers_per_bank: int = 1
     dense_layers: list[int] | None = None
-    others: list[str] | None = None
+    others: list[str | dict] | None = None
     router: dict | None = None
     balance: dict | None = None
     correction: dict | None = None
@@ -66,6 +67,11 @@ class MoekitConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        for name in ("num_experts", "num_experts_per_tok"):
+            if isinstance(rule := getattr(self, name), dict):
+                setattr(self, name, per_layer(rule, self.num_hidden_layers))
+        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
+            raise OptionError(f"pad_token_id={self.pad_token_id} is not among the {self.vocab_size} tokens of vocab_size")
         super().__post_init__(**kwargs)
 
     def site(self, layer: int) -> Site:

@@ -15,6 +15,8 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
+from ..errors import OptionError
+from .ordered import GRU
 from .parts import Site
 
 
@@ -56,6 +58,12 @@ class Experts(nn.Module):
         return out
 
 
+def shared_expert(config: Any) -> FeedForward | None:
+    """What every token passes besides, or None."""
+    width = config.shared_expert_intermediate_size
+    return FeedForward(config.hidden_size, width, config.hidden_act) if width else None
+
+
 class FeedForward(nn.Module):
     """One gated feed-forward layer that every token passes: a shared expert, or a dense layer."""
 
@@ -68,6 +76,15 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden_states: Tensor, context: Any = None) -> Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class Wide(FeedForward):
+    """One gated feed-forward of a ``width`` of its own."""
+
+    def __init__(self, site: Site, *, width: int) -> None:
+        if width < 1:
+            raise OptionError(f"an expert of width {width}: give 1 or more")
+        super().__init__(site.hidden_size, width, site.activation)
 
 
 class Zero(nn.Module):
@@ -106,5 +123,6 @@ class Constant(nn.Module):
         return a_M2[:, :1] * x_MH + a_M2[:, 1:] * self.vector
 
 
-KINDS: dict[str, Callable[..., Any]] = {"zero": Zero, "copy": Copy, "constant": Constant}
-"""Experts without stacked weights, by the name a configuration gives; each returns [M, H], or None for zeros."""
+KINDS: dict[str, Callable[..., Any]] = {"zero": Zero, "copy": Copy, "constant": Constant, "wide": Wide, "gru": GRU}
+"""Experts without stacked weights, by the name a configuration gives; each returns [M, H], or None for zeros. One that
+reads its rows in order says ``ordered = True`` and is told their sequences too."""

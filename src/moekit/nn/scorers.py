@@ -18,6 +18,7 @@ from .calibrated import Calibrated
 from .given import Given, Offered
 from .parts import Site
 from .permutation import Permuted
+from .product_keys import ProductKeyScorer
 from .recurrent import Recurrent, Residual
 from .task_aware import TaskAware
 from .tree import Tree
@@ -85,6 +86,7 @@ SCORERS: dict[str, Callable[..., Any]] = {
     "calibrated": Calibrated,
     "task-aware": TaskAware,
     "offered": Offered,
+    "product-key": ProductKeyScorer,
 }
 """By the name a configuration gives. A scorer is called with (x_TH, context); ``initialise(std)`` sets its own
 parameters; what it keeps for the next layer goes into ``flow.carry(context).state``."""

@@ -16,9 +16,11 @@ from ..contract import Context
 from .balance import balance_term
 from .banks import BANKS
 from .correction import Correction
-from .experts import KINDS, FeedForward
+from .decomposed import Decomposed
+from .experts import KINDS, FeedForward, shared_expert
 from .layer import MoE
 from .parts import Site, make
+from .rank_one import Memory
 from .router import Router
 
 
@@ -48,12 +50,6 @@ def dense_layer(config: Any, layer: int) -> FeedForward:
     return FeedForward(config.hidden_size, config.intermediate_size, config.hidden_act)
 
 
-def shared_expert(config: Any) -> FeedForward | None:
-    """What every token passes besides, or None."""
-    width = config.shared_expert_intermediate_size
-    return FeedForward(config.hidden_size, width, config.hidden_act) if width else None
-
-
 class Nothing(nn.Module):
     """Adds nothing: a layer of attention alone."""
 
@@ -64,5 +60,11 @@ class Nothing(nn.Module):
         return torch.zeros_like(hidden_BSH)
 
 
-FEED_FORWARDS: dict[str, Callable[..., Any]] = {"moe": moe_layer, "dense": dense_layer, "nothing": Nothing}
+FEED_FORWARDS: dict[str, Callable[..., Any]] = {
+    "moe": moe_layer,
+    "dense": dense_layer,
+    "nothing": Nothing,
+    "memory": Memory,
+    "decomposed": Decomposed,
+}
 """By the name a configuration gives; built with (config, layer), called with (hidden [.., H], context)."""

@@ -1,0 +1,109 @@
+"""A layer that is a table: vectors, or experts of one neuron each, found by product keys.
+
+Shapes by suffix: T tokens, G heads, M found, P size of what is read, V size of what is added, H hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+
+from ..contract import Context
+from ..errors import OptionError
+from .experts import shared_expert
+from .flow import carry
+from .product_keys import ProductKeys
+
+
+class Memory(nn.Module):
+    """``o = W_out sum_i w_i f(u_i . W_in x) v_i`` over the items found by product keys, summed over heads.
+
+    ``values``: "vectors" have no u (f = 1, product-key memory), "rank-one" are experts of one neuron each.
+    ``activation`` is f, "none" for the identity (UltraMemV2, whose scores are the only nonlinearity). ``weigh``: a "softmax" over
+    those found, or the scores "raw". ``width``: size of u and v between the projections W_in and W_out; without it
+    there are none. ``gate``: where the bias of a sigmoid output gate begins (Hydra), none if it is not given. Other
+    options are those of :class:`ProductKeys`. Every token also passes the layer's shared expert, where there is one.
+
+    Tables begin as UltraMemV2, appendix A, derives it from the variance of a feed-forward layer's output.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer: int,
+        *,
+        keys: int,
+        top: int,
+        heads: int = 1,
+        key: int = 32,
+        rank: int = 1,
+        final: bool = True,
+        values: str = "rank-one",
+        activation: str = "gelu",
+        weigh: str = "softmax",
+        width: int | None = None,
+        gate: float | None = None,
+    ) -> None:
+        super().__init__()
+        size = config.hidden_size
+        if values not in ("vectors", "rank-one"):
+            raise OptionError(f"a memory of {values!r}: choose vectors or rank-one")
+        if weigh not in ("softmax", "raw"):
+            raise OptionError(f"weigh={weigh!r} in a memory: choose softmax or raw")
+        if activation != "none" and activation not in ACT2FN:
+            raise OptionError(f"activation={activation!r} in a memory: choose none or one that transformers knows")
+        self.find = ProductKeys(size, keys=keys, top=top, heads=heads, key=key, rank=rank, final=final)
+        wide = size if width is None else width
+        self.value = nn.Parameter(torch.zeros(keys * keys, wide))
+        self.reader = nn.Parameter(torch.zeros(keys * keys, wide)) if values == "rank-one" else None
+        self.act_fn = None if activation == "none" else ACT2FN[activation]
+        inner = width is not None and self.reader is not None
+        self.in_proj = nn.Linear(size, wide, bias=False) if inner else nn.Identity()
+        self.out_proj = nn.Linear(wide, size, bias=False) if width is not None else nn.Identity()
+        self.start, self.weigh = gate, weigh
+        self.gate = nn.Linear(size, size) if gate is not None else None
+        self.shared_expert = shared_expert(config)
+        self.inner, self.depth = config.intermediate_size, config.num_hidden_layers
+
+    def initialise(self, std: float) -> None:
+        size = self.find.query.in_features
+        for table in (self.value, self.reader):
+            if table is not None:
+                init.normal_(table, mean=0.0, std=self.table_std())
+        for linear in (self.in_proj, self.out_proj):
+            if isinstance(linear, nn.Linear):
+                init.normal_(linear.weight, mean=0.0, std=math.sqrt(2 / (5 * size)))
+        if self.gate is not None and self.start is not None:
+            init.constant_(self.gate.bias, self.start)
+
+    def table_std(self) -> float:
+        """sigma_V: ``sigma_V^4 = 0.2 (I / H) H / (M G (1 + s^2) P V L)``, s^2 the variance of the scores found."""
+        wide = self.value.shape[1]
+        found = self.find.top * self.find.heads * (1 + self.find.spread())
+        return (0.2 * self.inner / (found * wide * wide * self.depth)) ** 0.25
+
+    def forward(self, hidden_states: Tensor, context: Context | None = None) -> Tensor:
+        """[.., H]."""
+        x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        item_TGM, score_TGM = self.find(x_TH)
+        weight = score_TGM
+        if self.weigh == "softmax":
+            weight = score_TGM.softmax(-1, dtype=torch.float32).to(score_TGM.dtype)
+        item, weight = item_TGM.flatten(1), weight.flatten(1)
+        if self.reader is not None:
+            inner = torch.einsum("tmp,tp->tm", self.reader[item], self.in_proj(x_TH))
+            weight = weight * (inner if self.act_fn is None else self.act_fn(inner))
+        y_TH = self.out_proj(F.embedding_bag(item, self.value, per_sample_weights=weight, mode="sum"))
+        if self.gate is not None:
+            y_TH = y_TH * self.gate(x_TH).sigmoid()
+        if self.shared_expert is not None:
+            y_TH = y_TH + self.shared_expert(x_TH)
+        if context is not None:
+            carry(context).load.append(torch.bincount(item.flatten(), minlength=len(self.value)))
+        return y_TH.reshape(hidden_states.shape)
