@@ -1,0 +1,132 @@
+"""Routers put together from parts: equal to stock routing where stock has it, and right at the edges."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moekit.contract import PAD, Context
+from moekit.errors import OptionError
+from moekit.nn import Router, Site
+
+SITE = Site(hidden_size=6, intermediate_size=4, num_experts=8, top_k=3)
+
+
+def router(site=SITE, **parts):
+    torch.manual_seed(0)
+    made = Router(site, parts)
+    for module in made.modules():
+        if hasattr(module, "initialise"):
+            module.initialise(1.0)
+    return made
+
+
+def route(made, x):
+    return made.routing(made(x))
+
+
+def test_the_plain_router_is_softmax_then_top_k_then_a_sum_of_one():
+    made, x = router(), torch.randn(10, 6)
+    found = route(made, x)
+    scores = (x @ made.scorer.weight.T).softmax(-1)
+    weight, expert = scores.topk(3)
+    assert torch.equal(found.expert, expert)
+    assert torch.allclose(found.weight, weight / weight.sum(-1, keepdim=True))
+
+
+def test_a_selection_bias_moves_the_choice_and_not_the_weights():
+    made, x = router(activation="sigmoid", weigh={"kind": "scores", "normalise": False}), torch.randn(10, 6)
+    made.register_buffer("bias", torch.zeros(8))
+    made.bias[5] = 10.0
+    found = route(made, x)
+    assert (found.expert[:, 0] == 5).all()
+    scores = (x @ made.scorer.weight.T).sigmoid()
+    assert torch.allclose(found.weight, scores.gather(1, found.expert))
+
+
+def test_a_pool_leaves_the_others_without_probability():
+    made, x = router(), torch.randn(20, 6)
+    made.pool = torch.tensor([True, False] * 4)
+    found = route(made, x)
+    assert set(found.expert.unique().tolist()) <= {0, 2, 4, 6}
+    assert torch.allclose(found.weight.sum(-1), torch.ones(20))
+
+
+def test_a_pool_smaller_than_k_leaves_slots_unused():
+    made, x = router(), torch.randn(5, 6)
+    made.pool = torch.tensor([True, True] + [False] * 6)
+    found = route(made, x)
+    assert (found.used.sum(1) == 2).all()
+    assert torch.allclose(found.weight.sum(-1), torch.ones(5))
+
+
+@settings(max_examples=40, deadline=None)
+@given(p=st.floats(0.01, 1.0), tokens=st.integers(0, 12), seed=st.integers(0, 5))
+def test_top_p_is_the_smallest_set_that_reaches_p(p, tokens, seed):
+    made = router(select={"kind": "top-p", "p": p}, weigh={"kind": "scores", "normalise": False})
+    x = torch.randn(tokens, 6, generator=torch.Generator().manual_seed(seed))
+    found = route(made, x)
+    scores = (x @ made.scorer.weight.T).softmax(-1)
+    for row, chosen in zip(scores, found.expert, strict=True):
+        chosen = chosen[chosen != PAD]
+        best = row.sort(descending=True).values
+        count = next((m for m in range(1, 9) if best[:m].sum() >= p - 1e-6), 8)
+        assert abs(len(chosen) - count) <= (1 if abs(best[:count].sum().item() - p) < 1e-5 else 0)
+        assert torch.allclose(row[chosen].sort(descending=True).values, best[: len(chosen)])
+
+
+def test_grouped_takes_as_many_from_every_group():
+    site = Site(hidden_size=6, intermediate_size=4, num_experts=8, top_k=4)
+    found = route(router(site, select={"kind": "grouped", "groups": 4}), torch.randn(30, 6))
+    assert (torch.bincount(found.expert.flatten() // 2, minlength=4) == 30).all()
+
+
+@pytest.mark.parametrize("weigh", ["scores", "chosen", "ones"])
+@pytest.mark.parametrize("select", ["top-k", {"kind": "top-p", "p": 0.5}, {"kind": "grouped", "groups": 1}])
+def test_edges(select, weigh):
+    made = router(select=select, weigh=weigh)
+    for tokens in (0, 1):
+        found = route(made, torch.randn(tokens, 6))
+        assert found.expert.shape[0] == tokens
+    flat = route(made, torch.zeros(4, 6))  # all logits alike
+    assert flat.weight.isfinite().all()
+    assert (flat.used.sum(1) >= 1).all()
+    huge = route(made, torch.full((4, 6), 1e4))
+    assert huge.weight.isfinite().all()
+
+
+def test_half_precision_keeps_scores_in_float32():
+    made = router().to(torch.bfloat16)
+    logits, weight, _ = made(torch.randn(4, 6, dtype=torch.bfloat16))
+    assert weight.dtype == logits.dtype == torch.bfloat16
+    assert made.scores(logits, Context()).dtype == torch.float32
+
+
+def test_nan_is_ranked_last():
+    made = router(activation="identity", weigh="ones")
+    logits = torch.tensor([[float("nan"), 3.0, 1.0, 2.0, 0, 0, 0, 0]])
+    assert made.select(logits, Context()).tolist() == [[1, 3, 2]]
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"select": "topk"}, "selector 'topk' is not known: choose one of"),
+        ({"select": {"kind": "top-k", "n": 2}}, "selector 'top-k' has no option 'n': it has k"),
+        ({"select": {"kind": "top-k", "k": 9}}, "top-k of 9 among 8 experts: give 1 to 8"),
+        ({"select": {"kind": "top-p", "p": 0.0}}, "p=0.0 is a share of the probability"),
+        ({"select": {"kind": "grouped", "groups": 3}}, "3 groups do not divide 8 experts and 3 slots evenly"),
+        ({"select": "grouped"}, "selector 'grouped' needs the option 'groups'"),
+        ({"scorer": "linear"}, "a router has no part 'scorer': it has score, activation"),
+        ({"activation": {"kind": "sigmoid", "x": 1}}, "has no options"),
+    ],
+)
+def test_what_a_configuration_cannot_say(parts, said):
+    with pytest.raises(OptionError, match=said):
+        Router(SITE, parts)
+
+
+@pytest.mark.parametrize(("sizes", "said"), [({"num_experts": 0}, "0 experts"), ({"top_k": 9}, "top-k of 9 among 8")])
+def test_a_layer_that_cannot_be(sizes, said):
+    with pytest.raises(OptionError, match=said):
+        Site(**{"hidden_size": 6, "intermediate_size": 4, "num_experts": 8, "top_k": 2} | sizes)
