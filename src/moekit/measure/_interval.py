@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 LEVEL = 0.95
 
@@ -25,7 +25,7 @@ class Interval:
         mean = float(data.mean())
         if len(data) == 1:
             return cls(mean, mean, mean, 1)
-        half = float(stats.t.ppf((1 + LEVEL) / 2, len(data) - 1) * data.std(ddof=1) / np.sqrt(len(data)))
+        half = float(stdtrit(len(data) - 1, (1 + LEVEL) / 2) * data.std(ddof=1) / np.sqrt(len(data)))
         return cls(mean, mean - half, mean + half, len(data))
 
     @classmethod
