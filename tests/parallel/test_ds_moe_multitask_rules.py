@@ -1,5 +1,9 @@
 """The experiment's rule can fail at every condition, its positions are counted right, and it runs small."""
 
+from types import SimpleNamespace
+
+import torch
+
 from moekit.lab.experiments import ds_moe_multitask as experiment
 
 
@@ -41,7 +45,10 @@ def test_it_runs_small(monkeypatch):
     monkeypatch.setattr(experiment, "STEPS", dict.fromkeys(experiment.STEPS, 2))
     monkeypatch.setattr(experiment, "TOKENS", 128)
     monkeypatch.setattr(experiment, "CALIBRATION_ROWS", 2)
-    monkeypatch.setattr(experiment.ground(), "loss", lambda model, seed: float(model.config.num_experts))
+    rows = lambda seed, count: [torch.arange(1, 17)] * count  # noqa: E731
+    judge = SimpleNamespace(loss=lambda model, seed: float(model.config.num_experts), rows=rows)
+    monkeypatch.setattr(experiment, "ground", lambda: judge)
+    monkeypatch.setattr(experiment, "draws", lambda *of: lambda step: {"input_ids": torch.randint(1, 255, (2, 16))})
     found = {**experiment.dropped(1), **experiment.joined(1)}
     wanted = {"by use": 4, "by lot": 4}
     assert found == {name: wanted.get(name, 8) for pair in experiment.PAIRS for name in pair}
