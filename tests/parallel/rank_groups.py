@@ -66,3 +66,8 @@ def refused(nodes: int, size: int) -> str:
     except ParallelError as error:
         return str(error)
     return "nothing was raised"
+
+
+def odd() -> str:
+    """Every rank asks for groups of another size."""
+    return refused(1, world().rank + 1)

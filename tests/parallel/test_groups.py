@@ -4,7 +4,7 @@ import pytest
 import rank_groups
 
 from moekit.lab.experiments._spread import grouped
-from moekit.parallel import Grid, World
+from moekit.parallel import Grid, ParallelError, World
 from moekit.parallel._groups import degree_for
 
 
@@ -47,6 +47,13 @@ def test_degrees():
     assert [degree_for(experts, world) for experts in (1, 2, 3, 5, 6, 64)] == [1, 2, 2, 2, 6, 6]
     assert degree_for(64, world, 2) == 2
     assert degree_for(64, world, 3) == 2  # groups of 3 would cut nodes of 2
+    with pytest.raises(ParallelError, match="degree=0: spread every layer over 1 rank or more"):
+        degree_for(64, world, 0)
+
+
+def test_ranks_that_disagree_are_told(two_ranks):
+    for told in two_ranks.ask(rank_groups.odd):
+        assert "ranks disagree on groups: 1 on rank 0, 2 on rank 1" in told
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

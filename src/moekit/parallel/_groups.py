@@ -29,8 +29,9 @@ class Groups:
     def of(cls, world: World, size: int) -> Groups:
         """Neighbouring ranks in groups of ``size``, on as few nodes as can be. A collective call.
 
-        Raises ParallelError where the ranks do not divide, or groups would cut nodes unevenly.
+        Raises ParallelError where the ranks do not divide, groups would cut nodes unevenly, or ranks disagree.
         """
+        world.agree(groups=size)
         grid, ranks = world.grid, range(world.size)
         if size < 1 or world.size % size:
             raise ParallelError(f"{world.size} ranks do not divide into groups of {size}: choose a divisor")
@@ -45,7 +46,12 @@ class Groups:
 
 
 def degree_for(num_experts: int, world: World, most: int | None = None) -> int:
-    """Over how many ranks to spread a layer: at most ``most``, each with an expert, in groups that nodes allow."""
+    """Over how many ranks to spread a layer: at most ``most``, each with an expert, in groups that nodes allow.
+
+    Raises ParallelError for a ``most`` below 1.
+    """
+    if most is not None and most < 1:
+        raise ParallelError(f"degree={most}: spread every layer over 1 rank or more")
     limit, per_node = min(num_experts, most or world.size), world.grid.per_node
     return max(
         size
