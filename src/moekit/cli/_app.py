@@ -15,6 +15,7 @@ from moekit.cli.compare import compare
 from moekit.cli.compress import compress
 from moekit.cli.demo import demo
 from moekit.cli.eval import evaluate
+from moekit.cli.export import export
 from moekit.cli.fit import fit
 from moekit.cli.inspect import inspect
 from moekit.cli.patterns import patterns
@@ -45,6 +46,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "recover": recover,
     "build": build,
     "train": train,
+    "export": export,
     "compare": compare,
     "verify": verify,
     "run": run,

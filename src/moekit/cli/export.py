@@ -1,0 +1,35 @@
+"""`moekit export`: a model of our own as a stock checkpoint."""
+
+from typing import Annotated
+
+import typer
+
+from moekit.cli import _show
+from moekit.cli._options import OutputDir, Overwrite
+from moekit.cli._work import check_output
+
+
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder that `moekit train` wrote.")],
+    output: OutputDir,
+    *,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a model that moekit trained as a checkpoint of the stock family that computes the same.
+
+    It then loads without moekit. Logits are compared first; where no family has a part, its name is told.
+
+    \b
+    Examples:
+      moekit export out/plain --output out/plain-stock
+    """
+    check_output(output, overwrite)
+    from moekit.checkpoint import Checkpoint
+    from moekit.errors import UnsupportedModelError
+    from moekit.nn.stock import export as carry_out
+
+    checkpoint = Checkpoint.open(model)
+    if checkpoint.model_type != "moekit":
+        raise UnsupportedModelError(f"{model} is a stock {checkpoint.model_type} checkpoint already")
+    written = carry_out(checkpoint.path, output, overwrite=overwrite)
+    _show.table((str(written), ""), [("family", Checkpoint.open(str(written)).model_type)])
