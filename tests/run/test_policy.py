@@ -139,8 +139,4 @@ def test_a_profile_of_another_model_is_refused(seen, tmp_path):
 
 
 def test_the_usual_choice_depends_on_what_fits():
-    assert [str(usual(share, 4)) for share in (1.0, 0.5, 0.49)] == [
-        "lru",
-        "multi-term, 4 ahead",
-        "score-aware, 4 ahead",
-    ]
+    assert [str(usual(share, 4)) for share in (1.0, 0.9, 0.1)] == ["lru", "multi-term, 4 ahead", "multi-term, 4 ahead"]

@@ -5,11 +5,11 @@ Paper: D^2MoE: Dual Routing and Dynamic Scheduling for Efficient On-Device MoE-b
 Method: base of b bits per group, W_1 = (Q - z) s; planes W_k = W_{k-1} + s_k sign(W - W_{k-1}), s_k the least squares
     of the outputs; GPTQ hands errors on between blocks of 128 columns, one plane after another. A linear head per
     expert picks the width whose argmax it is, trained on sum_x [loss + alpha sum_k p_k b_k], all else frozen.
-Uses: algebra.nested, formats.NestedBank, compress._heads, kernels.rewrites.BitWidths
+Uses: algebra.nested, formats.NestedBank, compress._heads, kernels.rewrites.BitWidths; run._planes when it is paged
 Differs: heads are fitted layer by layer to the sample, to choose the least squared error that a width adds to the
     layer's output plus price per bit, not end to end on the model's loss; so no gradient has to pass the argmax. No
-    capacity per width. Base and planes are in groups of 64 unless told otherwise; the order in which
-    planes are loaded (HEBF) is not part of a checkpoint.
+    capacity per width. Base and planes are in groups of 64 unless told otherwise. `moekit run` reads planes in the
+    paper's order (HEBF), but kernels wait for all that a batch needs, so what the order saves is modelled only.
 Claim: as accurate as 8 bits at up to 53 % less memory and 1.39 times the throughput of EdgeMoE.
 Shown: lab.experiments.d2moe
 """

@@ -6,7 +6,7 @@ Shapes by suffix: B sequences, S positions, T tokens, K slots.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -46,4 +46,5 @@ def _fetch(paging: Paging, layer: int) -> None:
     assert paging.predictor is not None
     ahead = paging.predictor.predict(layer, paging.signal, paging.horizon)
     for distance, ranked in enumerate(ahead, start=1):
-        paging.store.prefetch(layer + distance, [expert for expert, _ in ranked[: paging.width]])
+        tier: Any = paging.store.layers[layer + distance]
+        paging.store.prefetch(layer + distance, tier.foreseen([expert for expert, _ in ranked[: paging.width]]))

@@ -19,6 +19,7 @@ from moekit.checkpoint.reader import Reader
 from moekit.errors import UnsupportedModelError
 from moekit.kernels import Arrivals, ArrivingExperts, is_decorated
 from moekit.run._pages import Pages, page_charge
+from moekit.run._tier import Whole
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class _Copy:
     high: int
 
 
-class PagedExperts:
+class PagedExperts(Whole):
     """The stacked weights of one experts module, in the layout its family has in memory.
 
     The module's own parameters stay on the meta device, so that whoever reads them past the store fails loudly.

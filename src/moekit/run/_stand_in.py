@@ -22,10 +22,11 @@ from moekit.blocks import MoEBlock, blocks
 from moekit.checkpoint import Checkpoint
 from moekit.checkpoint.reader import Reader
 from moekit.errors import OptionError, UnsupportedModelError
+from moekit.formats import PackedBank
 from moekit.kernels import BankExperts
 from moekit.plan import Plan
 from moekit.run._banks import PagedBank
-from moekit.run._tiers import used
+from moekit.run._tier import used
 from moekit.run.policy import CachePolicy, Key
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def _same_routers(checkpoint: Checkpoint, source: Checkpoint) -> bool:
 def _alike(other: MoEBlock, block: MoEBlock) -> bool:
     """Whether copy e is that of expert e: both keep every expert where the router's rows have it."""
     packed = [one.experts for one in (other, block) if isinstance(one.experts, BankExperts)]
-    plain = all(module.slots is None and module.rewrite is None for module in packed)
+    plain = all(m.slots is None and m.rewrite is None and isinstance(m.bank, PackedBank) for m in packed)
     return plain and isinstance(other.experts, BankExperts) and other.experts.bank.num_experts == block.num_experts
 
 

@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+from torch import Tensor
+
 
 class Tier(Protocol):
-    """The experts of one layer on the slow tier, and the places they are brought to.
+    """The experts of one layer on the slow tier, and the places they are brought to: of ``num_experts``.
 
-    ``charge``: memory that each expert takes at most; ``stored_bytes``: what is read for it. :meth:`keep` and
+    ``charge``: memory that each place takes at most; ``stored_bytes``: what is read for it; ``unit``: the most that one
+    expert takes, in all its places. :meth:`keep` and
     :meth:`drop` are called under the store's lock, :meth:`fill` from its threads, between the two.
     """
 
@@ -19,9 +23,45 @@ class Tier(Protocol):
     charge: Sequence[int]
     stored_bytes: Sequence[int]
 
+    @property
+    def unit(self) -> int: ...
     def keep(self, expert: int) -> None: ...
     def drop(self, expert: int) -> None: ...
     def fill(self, expert: int) -> None: ...
+
+
+class Whole:
+    """What a tier keeps is its experts, one place each."""
+
+    num_experts: int
+    charge: Sequence[int]
+
+    @property
+    def unit(self) -> int:
+        """The most memory that one expert of a kernel takes, all places together that it needs."""
+        return max(self.charge)
+
+    def wanted(self, index_TK: Tensor) -> list[int]:
+        """The places that a routing needs, the most wanted first."""
+        return used(index_TK, self.num_experts)
+
+    def places(self, experts: Sequence[int]) -> Sequence[int]:
+        """Those that must be filled before a kernel reads ``experts``."""
+        return experts
+
+    def foreseen(self, experts: Sequence[int]) -> Sequence[int]:
+        """Those to read ahead where a router is expected to choose ``experts``."""
+        return experts
+
+    def scored(self, score_E: Sequence[float]) -> Sequence[float]:
+        """A router's scores of experts, by place."""
+        return score_E
+
+
+def used(index_TK: Tensor, num_experts: int) -> list[int]:
+    """The distinct experts of a routing, in order."""
+    experts = torch.unique(index_TK)
+    return experts[(experts >= 0) & (experts < num_experts)].tolist()
 
 
 @dataclass

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from moekit.blocks import MoEBlock
 from moekit.checkpoint import Checkpoint, MoELayer
 from moekit.checkpoint.reader import Reader
+from moekit.formats import NestedBank
 from moekit.kernels import Arrivals, BankExperts
 from moekit.run._banks import PagedBank, check_packed, packed_charge, packed_parameters
 from moekit.run._layers import PagedExperts, charge, check, stacked
-from moekit.run.store import Tier
+from moekit.run._planes import PagedPlanes
+from moekit.run._tier import Tier
 
 
 @runtime_checkable
@@ -23,11 +24,18 @@ class Paged(Tier, Protocol):
 
     run: Callable[[Tensor, Tensor, Tensor, Arrivals], Tensor]
 
+    def wanted(self, index_TK: Tensor) -> list[int]: ...
+    def places(self, experts: Sequence[int]) -> Sequence[int]: ...
+    def foreseen(self, experts: Sequence[int]) -> Sequence[int]: ...
+    def scored(self, score_E: Sequence[float]) -> Sequence[float]: ...
+
 
 def paged(checkpoint: Checkpoint, reader: Reader, layer: MoELayer, block: MoEBlock) -> Paged:
     """The experts of a block on disk, and the places they are brought to."""
-    kind = PagedBank if isinstance(block.experts, BankExperts) else PagedExperts
-    return kind(checkpoint, reader, layer, block)
+    if not isinstance(block.experts, BankExperts):
+        return PagedExperts(checkpoint, reader, layer, block)
+    nested = isinstance(block.experts.bank, NestedBank)
+    return (PagedPlanes if nested else PagedBank)(checkpoint, reader, layer, block)
 
 
 def paged_parameters(block: MoEBlock) -> list[str]:
@@ -46,9 +54,3 @@ def paged_parameters(block: MoEBlock) -> list[str]:
 def largest(block: MoEBlock) -> int:
     """The most memory that one expert of a block takes."""
     return packed_charge(block) if isinstance(block.experts, BankExperts) else charge(block)
-
-
-def used(index_TK: Tensor, num_experts: int) -> list[int]:
-    """The distinct experts of a routing, in order."""
-    experts = torch.unique(index_TK)
-    return experts[(experts >= 0) & (experts < num_experts)].tolist()

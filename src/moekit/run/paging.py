@@ -26,7 +26,7 @@ from moekit.run import _ahead
 from moekit.run._predictors_gate import NextGate
 from moekit.run._room import working_bytes
 from moekit.run._stand_in import Read, StandIns, TwoPools, open_stand_ins
-from moekit.run._tiers import Paged, largest, paged, paged_parameters, used
+from moekit.run._tiers import Paged, largest, paged, paged_parameters
 from moekit.run.defaults import remembered, usual
 from moekit.run.policy import CachePolicy
 from moekit.run.policy import policy as named
@@ -75,24 +75,24 @@ class Paging:
 class _Served:
     """One experts module whose weights come from the store while it runs (a kernel's ``Arrivals``)."""
 
-    def __init__(self, paging: Paging, layer: int, run: Any) -> None:
-        self.paging, self.layer, self.run = paging, layer, run
+    def __init__(self, paging: Paging, layer: int, tier: Paged) -> None:
+        self.paging, self.layer, self.tier = paging, layer, tier
         self._read: Tensor | None = None
-        self._scores: list[float] | None = None
+        self._scores: Sequence[float] | None = None
 
     @property
     def most(self) -> int:
         return self.paging.store.most(self.layer)
 
     def __call__(self, experts: Sequence[int]) -> None:
-        self.paging.store.need(self.layer, experts)
+        self.paging.store.need(self.layer, self.tier.places(experts))
 
     def routed(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """What the router read and said, noted for what follows (a forward hook)."""
-        router, count = self.paging.blocks[self.layer].router, self.paging.store.layers[self.layer].num_experts
-        self._read, _ = router.context(args, kwargs)
-        logits_TE = router.logits(output, self._read)[:, :count]
-        self._scores = logits_TE.float().softmax(1).mean(0).tolist()
+        block = self.paging.blocks[self.layer]
+        self._read, _ = block.router.context(args, kwargs)
+        logits_TE = block.router.logits(output, self._read)[:, : block.num_experts]
+        self._scores = self.tier.scored(logits_TE.float().softmax(1).mean(0).tolist())
 
     def forward(self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         if torch.is_grad_enabled() and (x_TH.requires_grad or weight_TK.requires_grad):
@@ -101,7 +101,7 @@ class _Served:
         low_TK: Tensor | None = None
         if stand_ins is not None:
             index_TK, low_TK = stand_ins.split(store, self.layer, index_TK, weight_TK)
-        experts = used(index_TK, store.layers[self.layer].num_experts)
+        experts = self.tier.wanted(index_TK)
         if paging.history is not None:
             paging.history.append((self.layer, tuple(experts)))
         store.begin(self.layer, experts, self._scores)
@@ -109,7 +109,7 @@ class _Served:
         self._read = self._scores = None
         try:
             with torch.no_grad():
-                y_TH = self.run(x_TH, index_TK, weight_TK, self)
+                y_TH = self.tier.run(x_TH, index_TK, weight_TK, self)
         finally:
             store.end()
         if stand_ins is None or low_TK is None:
@@ -170,7 +170,7 @@ def load(
     if stand_in is not None and read is not None:
         stand_ins = StandIns(open_stand_ins(stand_in, checkpoint, found, model.dtype), read)
         layers = [*layers, *stand_ins.tiers]
-    smallest, working = max(max(layer.charge) for layer in layers), working_bytes(model, checkpoint, context)
+    smallest, working = max(layer.unit for layer in layers), working_bytes(model, checkpoint, context)
     store = ExpertStore(layers, smallest, first, threads)
     paging = Paging(store, found, context=context, stand_ins=stand_ins)
     _install(model, paging)
@@ -222,7 +222,7 @@ def _install(model: PreTrainedModel, paging: Paging) -> None:
     for index, block in enumerate(paging.blocks):
         tier, module = paging.store.layers[index], block.experts
         assert isinstance(tier, Paged)
-        served = _Served(paging, index, tier.run)
+        served = _Served(paging, index, tier)
         if isinstance(module, BankExperts):
             module.serve = served.forward
         else:

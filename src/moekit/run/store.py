@@ -63,7 +63,7 @@ class ExpertStore:
 
     def most(self, layer: int) -> int:
         """How many experts of a layer can be there at once."""
-        return max(1, self.budget // max(self.layers[layer].charge))
+        return max(1, self.budget // self.layers[layer].unit)
 
     def begin(self, layer: int, experts: Sequence[int], scores: Sequence[float] | None = None) -> None:
         """A batch needs ``experts`` at ``layer``: what is missing is fetched, all of it at once if there is room."""
@@ -71,7 +71,7 @@ class ExpertStore:
         with self._changed:
             self.policy.routed(layer, experts, scores)
             self._count(keys)
-            self._whole = len(keys) <= self.most(layer)
+            self._whole = sum(self.layers[layer].charge[expert] for expert in experts) <= self.budget
             self._pinned = set(keys) if self._whole else set()
             if self._whole:
                 for key in keys:
@@ -131,7 +131,7 @@ class ExpertStore:
 
     def resize(self, budget: int) -> None:
         """Another budget; what no longer fits goes."""
-        largest = max(max(layer.charge) for layer in self.layers)
+        largest = max(layer.unit for layer in self.layers)
         if budget < largest:
             raise BudgetError(
                 f"{gigabytes(max(budget, 0))} are left for experts, but a single one takes {gigabytes(largest)}: "

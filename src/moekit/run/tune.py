@@ -106,7 +106,7 @@ def curve_of(
     """Speed at several sizes of the cache, none above the budget the model was opened with."""
     served, points = paging(model), list[Point]()
     budget = served.store.budget
-    smallest = max(max(tier.charge) for tier in served.store.layers)
+    smallest = max(tier.unit for tier in served.store.layers)
     try:
         for share in shares:
             nbytes = max(smallest, int(share * served.expert_bytes))
