@@ -15,6 +15,8 @@ The parts, from the files up:
 A file named by a paper's key puts these together as the paper does.
 """
 
+from moekit.run._expert_states import Adam, ExpertStates
+from moekit.run._expert_training import OnDisk, train_on_disk
 from moekit.run.answer import Cost, answer, prompt_ids
 from moekit.run.paging import Paging, load, paging
 from moekit.run.policy import CachePolicy, policies, policy
@@ -22,10 +24,13 @@ from moekit.run.predict import Predictor, Signal
 from moekit.run.store import Counters, ExpertStore
 
 __all__ = [
+    "Adam",
     "CachePolicy",
     "Cost",
     "Counters",
+    "ExpertStates",
     "ExpertStore",
+    "OnDisk",
     "Paging",
     "Predictor",
     "Signal",
@@ -35,4 +40,5 @@ __all__ = [
     "policies",
     "policy",
     "prompt_ids",
+    "train_on_disk",
 ]
