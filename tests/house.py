@@ -18,6 +18,7 @@ FLOORS = {
     "measure": 4,
     "profile": 4,
     "nn": 3,
+    "recipes": 0,
     "stream": 3,
     "checkpoint": 2.2,
     "blocks": 2.1,

@@ -98,10 +98,16 @@ def grown(config: PretrainedConfig) -> tuple[PretrainedConfig, int] | None:
     """
     config = copy.deepcopy(config)
     parts = nested(config)
-    groups = [getattr(part, name, None) for part in parts for name in GROUP_FIELDS]
+    groups = [getattr(part, name, None) for part in parts for name in (*GROUP_FIELDS, "expert_step")]
     step = math.lcm(*(group for group in groups if type(group) is int and group > 0))
-    fields = [(part, name) for part in parts for name in COUNT_FIELDS if type(vars(part).get(name)) is int]
-    fields = [(part, name) for part, name in fields if vars(part)[name] > 1]
+    fields = [(part, name) for part in parts for name in COUNT_FIELDS if _counts(vars(part).get(name))]
     for part, name in fields:
-        setattr(part, name, vars(part)[name] + step)
+        count = vars(part)[name]
+        setattr(part, name, count + step if type(count) is int else [each + step for each in count])
     return (config, step) if fields else None
+
+
+def _counts(value: object) -> bool:
+    """Whether a field holds a number of experts, or one for each layer."""
+    values = value if isinstance(value, list) else [value]
+    return bool(values) and all(type(one) is int for one in values) and max(values) > 1

@@ -100,6 +100,13 @@ class MoekitConfig(PreTrainedConfig):
         group = range(layer - layer % size, min(layer - layer % size + size, self.num_hidden_layers))
         return [other for other in group if other == layer or other not in (self.dense_layers or ())]
 
+    @property
+    def expert_step(self) -> int:
+        """What numbers of experts must stay multiples of: the groups that a router chooses from."""
+        select = (self.router or {}).get("select")
+        groups = select.get("groups", 1) if isinstance(select, dict) else 1
+        return groups if isinstance(groups, int) and groups > 0 else 1
+
     def attention_of(self, layer: int) -> str | dict:
         """The kind of attention of a layer."""
         return self._at("attention", layer)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,15 @@ from moekit.lab.experiments._building import gap, means
 from moekit.lab.experiments._outer_training import draws
 from moekit.nn import max_violation
 from moekit.nn.experts import Experts
-from moekit.train.recipe import Recipe, carry_out
+from moekit.train.loop import Record
+from moekit.train.recipe import Recipe, Training, carry_out
 
 PROTOCOL = 1
 """Raised by whoever changes data, judge or base recipe: then nothing in a cache counts any more."""
 DOMAINS = ("python", "prose", "c", "arithmetic")
 TEST_BYTES = 16384
 BASE = "base"
+AfterStep = Callable[[int, Record, Training], None]
 
 
 def contestant(key: str = BASE, *, train: Mapping[str, Any] | None = None, **model: Any) -> Recipe:
@@ -97,11 +99,11 @@ def play(recipe: Recipe, seed: int) -> dict[str, Any]:
     return figures
 
 
-def trained(recipe: Recipe) -> tuple[Any, dict[str, Any]]:
+def trained(recipe: Recipe, after_step: AfterStep | None = None) -> tuple[Any, dict[str, Any]]:
     """The recipe's model, trained, and how the training went."""
     started = time.process_time()
     batches = draws(recipe.options.seed, recipe.batch * recipe.length, dict.fromkeys(DOMAINS, 1 / len(DOMAINS)))
-    model, record = carry_out(recipe, batches)
+    model, record = carry_out(recipe, batches, after_step=after_step)
     return model.eval(), {
         "recipe": {"model": dict(recipe.model), "train": asdict(recipe.options), "schedule": list(recipe.schedule)},
         "processor_seconds": round(time.process_time() - started, 1),
@@ -134,7 +136,7 @@ def judged(model: Any, seed: int) -> dict[str, Any]:
                 loads = load if loads is None else [a + b for a, b in zip(loads, load, strict=True)]
             bits[domain] = nats / (ids.shape[0] * (ids.shape[1] - 1)) / np.log(2)
     return {
-        "bits": {domain: round(value, 5) for domain, value in bits.items()},
+        "bits": {domain: round(float(value), 5) for domain, value in bits.items()},
         "bits_per_byte": round(float(np.mean(list(bits.values()))), 5),
         "max_violation": round(float(np.mean([max_violation(load) for load in loads or ()])), 4) if loads else 0.0,
         "load": [load.tolist() for load in loads or ()],

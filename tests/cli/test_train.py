@@ -1,0 +1,90 @@
+"""`moekit train` and `moekit export`, and what the other commands make of a model that was trained so."""
+
+import json
+
+import pytest
+from commanding import call
+
+RECIPE = """
+[model]
+vocab_size = 264
+hidden_size = 32
+num_hidden_layers = 2
+num_attention_heads = 2
+num_experts = 4
+num_experts_per_tok = 2
+moe_intermediate_size = 16
+max_position_embeddings = 128
+qk_norm = {qk_norm}
+{more}
+
+[train]
+steps = 2
+batch = 2
+length = 32
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(qk_norm="true", more=""):
+        path = tmp_path / "tiny.toml"
+        path.write_text(RECIPE.format(qk_norm=qk_norm, more=more))
+        return path
+
+    return write
+
+
+def test_train_writes_a_model_with_its_course(recipe, text, tmp_path):
+    code, out, err = call("train", recipe(), "--text", text, "--output", tmp_path / "out", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["steps"] == 2
+    assert found["cross_entropy"] > 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "metrics.jsonl", "recipe.json", "tokenizer.json"} <= names
+    code, out, _ = call("inspect", tmp_path / "out", "--json")
+    assert code == 0
+    code, _, err = call("train", recipe(), "--text", text, "--output", tmp_path / "out")
+    assert code == 2
+    assert "exists: choose another folder" in err
+
+
+def test_export_writes_the_stock_family(recipe, text, tmp_path):
+    assert call("train", recipe(), "--text", text, "--output", tmp_path / "own")[0] == 0
+    code, out, err = call("export", tmp_path / "own", "--output", tmp_path / "stock")
+    assert code == 0, err
+    assert "qwen3_moe" in out
+    code, _, err = call("export", tmp_path / "stock", "--output", tmp_path / "again")
+    assert code == 2
+    assert "is a stock qwen3_moe checkpoint already" in err
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "",
+        'wiring = "momentum"',
+        "shared_expert_intermediate_size = 16",
+        'router = {activation = "sigmoid"}\ncorrection = {}',
+        'router = {select = {kind = "top-p", p = 0.5}}',
+        'router = {select = {kind = "grouped", groups = 2}}',
+    ],
+)
+def test_the_other_commands_work_on_it(recipe, text, tmp_path, more):
+    assert call("train", recipe(more=more), "--text", text, "--output", tmp_path / "own")[0] == 0
+    given = ("--with", "frequency:keep=0.5", "--text", text, "--max-tokens", 256)
+    code, _, err = call("compress", tmp_path / "own", *given, "--output", tmp_path / "half")
+    assert code == 0, err
+    code, out, err = call("verify", tmp_path / "half", "--against", tmp_path / "own")
+    assert code == 0, out + err
+    kept = json.loads((tmp_path / "half" / "config.json").read_text())["num_experts"]
+    assert kept == 2
+
+
+def test_bad_recipes_are_one_line(text, tmp_path):
+    code, _, err = call("train", "no-such-recipe", "--text", text, "--output", tmp_path / "out")
+    assert code == 2
+    assert err.count("\n") <= 3
+    assert "there is no recipe" in err
+    assert not list(tmp_path.glob(".out*"))
