@@ -90,3 +90,13 @@ def test_bad_stand_ins(refused, model, packed, tmp_path):
         refused(*command, "--stand-in", packed, "--read", "hobbit:high=2.0", naming="expected 0 <= high <= low <= 1")
     refused("run", model, "x", "--stand-in", model, naming="no plan.json that says what it was made of")
     refused("run", model, "x", "--stand-in", packed, "--ahead", 2, naming="nothing read ahead")
+
+
+def test_the_task_of_a_prompt_is_found(refused, model, text, tmp_path):
+    stored = tmp_path / "tasks.patterns"
+    assert call("patterns", model, "--text", f"sums={text}", "--output", stored)[0] == 0
+    code, out, err = call("run", model, "12 + 3", "--new-tokens", 5, "--patterns", stored, "--explain")
+    assert (code, out) == (0, call("run", model, "12 + 3", "--new-tokens", 5)[1])
+    assert "task                  sums\n" in err
+    assert json.loads(call("run", model, "1", "--new-tokens", 2, "--patterns", stored, "--json")[1])["task"] == "sums"
+    refused("run", "moekit:mini", "x", "--patterns", stored, naming="the patterns are of another model")
