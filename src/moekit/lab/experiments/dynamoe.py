@@ -1,0 +1,51 @@
+"""DynaMoE (n 21): does it matter how many experts each layer has, and does a percentile spend them better than top-k?
+
+Setting: the protocol of ``_league``. Six schedules over depth between 8 and 24 experts, scaled to the same 96 in all, a
+quarter of them used by a percentile over the batch; ``static`` is the base recipe: 16 in every layer, top-4.
+
+Rule, written before the first run. `shown` if and only if the 95 % t interval over seeds of (uniform minus descending)
+in bits per byte lies above zero, or that of (uniform minus ascending) does: the paper's claim for language models is
+that one of the two is best, by size; both are reported. Further reported: the spread of the six means against the
+standard deviation over seeds of uniform, experts used per token, and the fluctuation of the loss from step to step
+late in training, dynamic against static.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from moekit.lab.experiments import Advance, Outcome
+from moekit.lab.experiments._kinds_used import used
+from moekit.lab.experiments._league import BASE, contestant, lead, league, setting, table
+from moekit.nn.depth import DEPTHS
+
+UNIFORM, LAYERS_TOTAL = "uniform", {"low": 8, "high": 24, "total": 96}
+
+
+def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
+    """Return losses and parameters of every schedule. ``text`` is not used."""
+    arms = {BASE: contestant()}
+    arms |= {kind: contestant("dynamoe", num_experts={"kind": kind, **LAYERS_TOTAL}) for kind in DEPTHS}
+    found = league(arms, seeds, advance)
+    means = [float(np.mean([played[kind]["bits_per_byte"] for played in found])) for kind in DEPTHS]
+    noise = float(np.std([played[UNIFORM]["bits_per_byte"] for played in found], ddof=1)) if len(found) > 1 else 0.0
+    figures = table(found) | {
+        "uniform_minus": {kind: lead(found, UNIFORM, kind) for kind in DEPTHS if kind != UNIFORM},
+        "static_minus_uniform": lead(found, BASE, UNIFORM),
+        "spread_of_schedules": round(max(means) - min(means), 5),
+        "deviation_of_seeds": round(noise, 5),
+        "used": {name: used(found, name) for name in arms},
+        "late_fluctuation": {name: fluctuation([played[name] for played in found]) for name in (BASE, UNIFORM)},
+    }
+    best = figures["uniform_minus"]
+    shown = best["descending"]["low"] > 0 or best["ascending"]["low"] > 0
+    return Outcome(shown=shown, figures=figures, setting=setting(arms))
+
+
+def fluctuation(played: Sequence[Mapping[str, Any]]) -> float:
+    """Mean over seeds of the standard deviation of the loss over the last third of the (thinned) course."""
+    courses = [one["course"]["cross_entropy"] for one in played]
+    return round(float(np.mean([np.std(course[-len(course) // 3 :]) for course in courses])), 5)
