@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 import struct
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -94,14 +95,25 @@ def write_shard(path: Path, tensors: dict[str, tuple[int, ...]], generator: torc
     return offset
 
 
-def timed_child(command: list[str]) -> tuple[float, float, float]:
+SPAWN = """
+import json, os, sys
+pid = os.posix_spawn(sys.argv[2], sys.argv[2:], os.environ)
+_, status, usage = os.wait4(pid, 0)
+found = os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9
+open(sys.argv[1], "w").write(json.dumps(found))
+"""
+"""A process begins with its parent's peak as its own, and this one wrote gigabytes: the command has a small parent."""
+
+
+def timed_child(command: list[str], note: Path) -> tuple[float, float, float]:
     """(wall seconds, processor seconds, peak resident GB) of a command, as the operating system accounts them."""
     start = time.perf_counter()
-    pid = os.posix_spawn(command[0], command, os.environ)
-    _, status, usage = os.wait4(pid, 0)
-    if code := os.waitstatus_to_exitcode(status):
+    subprocess.run([sys.executable, "-c", SPAWN, str(note), *command], check=True)
+    seconds = time.perf_counter() - start
+    code, processor, peak = json.loads(note.read_text())
+    if code:
         sys.exit(f"{' '.join(command)} ended with {code}")
-    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9
+    return seconds, processor, peak
 
 
 def timed_copy(source: Path, target: Path) -> float:
@@ -138,7 +150,7 @@ def main() -> None:
     command = [str(Path(sys.executable).with_name("moekit")), "compress", str(source), "--text", str(calibration)]
     command += ["--max-tokens", str(args.max_tokens), "--max-ram", args.max_ram, "--output", str(output)]
     command += [word for method in methods for word in ("--with", method)]
-    seconds, processor, peak = timed_child(command)
+    seconds, processor, peak = timed_child(command, args.work / "usage.json")
     written = sum(f.stat().st_size for f in output.glob("*.safetensors"))
     result = {
         "what": f"random weights at the true shapes of {name}: speed, memory and bytes only",

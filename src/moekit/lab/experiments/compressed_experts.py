@@ -94,7 +94,7 @@ def tuned(source: Checkpoint, way: str, seed: int) -> dict[str, float]:
 
 
 def exchanged(text: str) -> str:
-    """The same text with every small letter replaced by another, one and the same everywhere."""
+    """The same text in another alphabet: its small letters permuted."""
     order = np.random.default_rng(0).permutation(len(ascii_lowercase))
     return text.translate(str.maketrans(ascii_lowercase, "".join(ascii_lowercase[i] for i in order)))
 
