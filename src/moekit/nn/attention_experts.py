@@ -39,10 +39,16 @@ class AttentionExperts(Attention):
         self.num_heads, self.num_key_value_groups = heads, 1
         self.router = HeadRouter(site_of_heads(config, layer, experts, k), router, balance, "attention")
         width = heads * self.head_dim
-        self.q_proj = GroupedLinear(experts, config.hidden_size, width)
-        self.o_proj = GroupedLinear(experts, width, config.hidden_size)
+        self.q_proj: GroupedLinear = GroupedLinear(experts, config.hidden_size, width)
+        self.o_proj: GroupedLinear = GroupedLinear(experts, width, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
+
+    def active_parameters(self) -> int:
+        """What one token uses: ``k`` experts, and all that they share."""
+        owned = (self.q_proj, self.o_proj)
+        rest = sum(p.numel() for p in self.parameters()) - sum(p.numel() for own in owned for p in own.parameters())
+        return rest + self.router.gate.top_k * sum(own.parameters_per_map() for own in owned)
 
     def forward(
         self,

@@ -5,6 +5,7 @@ Shapes by suffix: T tokens, G heads, N halves of a side, W units of a half, H hi
 
 from __future__ import annotations
 
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class HalvesRouter(nn.Module):
         self.second = nn.Linear(size, heads * sides, bias=False)
         self.norms = nn.ModuleList(nn.BatchNorm1d(heads, affine=False) for _ in range(2))
         self.heads = heads
-        self.threshold = float(torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(1 - keep / sides)))
+        self.threshold = NormalDist().inv_cdf(1 - keep / sides)
 
     def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
         first, second = (
@@ -55,7 +56,7 @@ class Decomposed(nn.Module):
     ``split`` "horizontal": ``E_ij(x) = V_j f(U_i x) + b_j``. "vertical": each expert's hidden units and outputs are cut
     in two; with ``h1 = f(U1_i x + c1_i)`` and ``h2 = f(U2_j x + c2_j)`` its output is ``[V11_i h1 + V12_i h2 + b1_i,
     V21_j h1 + V22_j h2 + b2_j]``. f is the squared ReLU. ``width`` is the hidden size of an expert; ``keep`` the number
-    of halves each of ``heads`` heads keeps on average. One router serves ``every`` layers: the first of each group has it.
+    of halves each of ``heads`` heads keeps on average. One router serves ``every`` layers, the first of them has it.
 
     ``uniformity`` and ``ambiguity`` weigh the two auxiliary losses: halves used evenly, heads sure of their choice.
     ``mask`` (bool [N, N], or None) switches experts off where it is False; it can be set at any time.
@@ -108,6 +109,8 @@ class Decomposed(nn.Module):
         """[.., H]."""
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         first, second = (g.to(x_TH.dtype) for g in self._routed(x_TH, context or Context()))
+        if context is not None:  # halves of either side, those of the first before those of the second
+            carry(context).load.append(torch.cat([(g > 0).sum((0, 1)) for g in (first, second)]))
         combine = self._vertical if self.vertical else self._horizontal
         return combine(x_TH, first, second).reshape(hidden_states.shape)
 

@@ -53,7 +53,7 @@ def within(context: Context) -> Context:
 
 
 def by_sequence(values_T: Tensor, context: Context) -> Tensor:
-    """[B, S, ..] of [T, ..]: sequences of one length stand one after the other; all of it is one where none are told."""
+    """[B, S, ..] of [T, ..]: sequences of one length, one after the other; all of it is one where none are told."""
     sequence = context.sequence
     batch = 1 if sequence is None or not len(sequence) else int(sequence[-1]) + 1
     return values_T.reshape(batch, len(values_T) // batch, *values_T.shape[1:])

@@ -31,6 +31,9 @@ class GroupedLinear(nn.Module):
         if self.bias is not None:
             init.zeros_(self.bias)
 
+    def parameters_per_map(self) -> int:
+        return sum(p.numel() for p in self.parameters()) // len(self.weight)
+
     def forward(self, x_MI: Tensor, group_M: Tensor) -> Tensor:
         """[M, O]."""
         out = x_MI.new_zeros(len(x_MI), self.weight.shape[1])

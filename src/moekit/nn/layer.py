@@ -25,7 +25,7 @@ class MoE(nn.Module):
         experts: called with (x [T, H], ids [T, K], weights [T, K]); the id E marks a slot it has nothing to do for.
         shared: what every token passes besides.
         others: experts of other kinds, one choice each, with the ids from E on: called with the rows [M, H] of their
-            tokens, they return as many, or None for zeros; one with ``ordered = True`` also gets the rows' sequences [M].
+            tokens, they return as many, or None for zeros; one with ``ordered = True`` is told their sequences [M] too.
         balance: terms by name, each with the weight of its value; they go to the carry's losses while training.
         correction: moves the router's bias after each optimizer step (:meth:`finish_step`).
     """

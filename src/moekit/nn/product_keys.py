@@ -68,10 +68,9 @@ class ProductKeys(nn.Module):
         return float((best / best.mean()).var())
 
     def _sample(self) -> Tensor:
-        draw = torch.randn(2, 16, self.rank, self.keys, generator=torch.Generator().manual_seed(0))
-        row, column = draw
-        score = row.transpose(1, 2) + column if self.rank == 1 else row.transpose(1, 2) @ self._first_core() @ column
-        return score.flatten(1).topk(self.top, dim=1).values
+        row, column = torch.randn(2, 16, self.heads, self.rank, self.keys, generator=torch.Generator().manual_seed(0))
+        core = None if self.core is None else self._first_core().expand(self.heads, -1, -1)
+        return self._search(row, column, core)[1]
 
     def _first_core(self) -> Tensor:
         """Nearly of rank 1, so that a shortlist by the leading singular vectors means something from the start."""
@@ -79,7 +78,7 @@ class ProductKeys(nn.Module):
 
     def halves(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
         """Scores of rows and of columns [T, G, R, N]."""
-        query = self.norm(self.query(x_TH).view(len(x_TH), 2, self.heads, self.rank, -1))
+        query = self.norm(self.query(x_TH).unflatten(1, (2, self.heads, self.rank, -1)))
         row, column = torch.einsum("tsgrd,sgrnd->stgrn", query, self.key)
         return row, column
 
@@ -92,21 +91,14 @@ class ProductKeys(nn.Module):
 
     def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
         """(ids, scores), each [T, G, M], best first (M^2 without ``final``, rows first)."""
-        row, column = self.halves(x_TH)
-        core = self.core
-        if core is None:
-            leading = (row[:, :, 0], column[:, :, 0])
-        else:
-            left, _, right = torch.linalg.svd(core.detach().to(torch.float32))
-            left, right = left[:, :, 0].to(row.dtype), right[:, 0].to(row.dtype)
-            sign = torch.where(left.sum(1, keepdim=True) < 0, -1, 1)  # a pair of vectors is defined up to one sign
-            leading = (
-                torch.einsum("tgrn,gr->tgn", row, left * sign),
-                torch.einsum("tgrn,gr->tgn", column, right * sign),
-            )
-        row_id, column_id = (one.topk(self.top, dim=-1).indices for one in leading)
-        row = row.gather(3, row_id[:, :, None].expand(-1, -1, self.rank, -1))
-        column = column.gather(3, column_id[:, :, None].expand(-1, -1, self.rank, -1))
+        return self._search(*self.halves(x_TH), self.core)
+
+    def _search(self, row: Tensor, column: Tensor, core: Tensor | None) -> tuple[Tensor, Tensor]:
+        row_id, column_id = (one.topk(self.top, dim=-1).indices for one in leading(row, column, core))
+        row, column = (
+            half.gather(3, best[:, :, None].expand(-1, -1, self.rank, -1))
+            for half, best in ((row, row_id), (column, column_id))
+        )
         if core is None:
             grid = row[:, :, 0, :, None] + column[:, :, 0, None, :]
         else:
@@ -116,6 +108,16 @@ class ProductKeys(nn.Module):
             return item, grid.flatten(2)
         score, place = grid.flatten(2).topk(self.top, dim=-1)
         return item.gather(2, place), score
+
+
+def leading(row: Tensor, column: Tensor, core: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What the sides [T, G, R, N] are shortlisted by [T, G, N]: their scores by the core's leading singular vectors."""
+    if core is None:
+        return row[:, :, 0], column[:, :, 0]
+    left, _, right = torch.linalg.svd(core.detach().to(torch.float32))
+    sign = torch.where(left[:, :, :1].sum(1, keepdim=True) < 0, -1, 1)  # a pair of vectors is known up to a sign
+    u, v = (left[:, :, :1] * sign)[..., 0].to(row.dtype), (right[:, :1] * sign)[:, 0].to(row.dtype)
+    return torch.einsum("tgrn,gr->tgn", row, u), torch.einsum("tgrn,gr->tgn", column, v)
 
 
 class ProductKeyScorer(nn.Module):

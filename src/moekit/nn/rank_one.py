@@ -25,10 +25,10 @@ class Memory(nn.Module):
     """``o = W_out sum_i w_i f(u_i . W_in x) v_i`` over the items found by product keys, summed over heads.
 
     ``values``: "vectors" have no u (f = 1, product-key memory), "rank-one" are experts of one neuron each.
-    ``activation`` is f, "none" for the identity (UltraMemV2, whose scores are the only nonlinearity). ``weigh``: a "softmax" over
-    those found, or the scores "raw". ``width``: size of u and v between the projections W_in and W_out; without it
-    there are none. ``gate``: where the bias of a sigmoid output gate begins (Hydra), none if it is not given. Other
-    options are those of :class:`ProductKeys`. Every token also passes the layer's shared expert, where there is one.
+    ``activation`` is f, "none" for the identity (UltraMemV2, whose scores are the only nonlinearity). ``weigh``: a
+    "softmax" over those found, or the scores "raw". ``width``: size of u and v between the projections W_in and W_out;
+    without it there are none. ``gate``: where the bias of a sigmoid output gate begins (Hydra), none if it is not given.
+    Other options are those of :class:`ProductKeys`. Every token also passes the layer's shared expert, if there is one.
 
     Tables begin as UltraMemV2, appendix A, derives it from the variance of a feed-forward layer's output.
     """
@@ -87,6 +87,13 @@ class Memory(nn.Module):
         wide = self.value.shape[1]
         found = self.find.top * self.find.heads * (1 + self.find.spread())
         return (0.2 * self.inner / (found * wide * wide * self.depth)) ** 0.25
+
+    def active_parameters(self) -> int:
+        """What one token uses: the items it finds, and everything that is no table."""
+        tables = [table for table in (self.value, self.reader) if table is not None]
+        found = self.find.heads * (self.find.top if self.find.final else self.find.top**2)
+        rest = sum(p.numel() for p in self.parameters()) - sum(table.numel() for table in tables)
+        return rest + found * sum(table.shape[1] for table in tables)
 
     def forward(self, hidden_states: Tensor, context: Context | None = None) -> Tensor:
         """[.., H]."""

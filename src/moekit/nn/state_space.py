@@ -77,6 +77,12 @@ class StateSpace(nn.Module):
         step = (torch.rand(self.dt_proj.bias.shape) * (high - low) + low).exp()
         init.copy_(self.dt_proj.bias, step + (-torch.expm1(-step)).log())  # the inverse of softplus
 
+    def active_parameters(self) -> int:
+        """What one token uses: one copy of each projection."""
+        projections = [getattr(self, f"{name}_proj") for name in SPLIT]
+        copies = sum(p.numel() for one in projections for p in one.parameters())
+        return sum(p.numel() for p in self.parameters()) - copies + sum(one.parameters_per_map() for one in projections)
+
     def forward(self, hidden_BSH: Tensor, context: Context, **attention: Any) -> Tensor:
         """[B, S, H]."""
         batch, length, size = hidden_BSH.shape

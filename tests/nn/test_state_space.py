@@ -1,0 +1,148 @@
+"""The recurrence and its gradients, projections per modality, mixers side by side, parallel blocks."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+from wholes import leaks, lives, tiny, tokens
+
+from moekit.errors import OptionError
+from moekit.nn.flow import begin
+from moekit.nn.scan import scan
+from moekit.nn.state_space import SPLIT, StateSpace
+
+OWN = {"kind": "state-space", "state": 4, "modalities": 2}
+PARALLEL = {"block": {"kind": "parallel", "attention": 1.0, "feed_forward": 0.5}}
+
+
+def test_the_scan_and_its_gradients() -> None:
+    decay = torch.rand(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    entry = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    state, expected = torch.zeros(2, 3, dtype=torch.float64), []
+    for step in range(5):
+        state = decay[:, step] * state + entry[:, step]
+        expected.append(state)
+    torch.testing.assert_close(scan(decay, entry), torch.stack(expected, dim=1))
+    assert torch.autograd.gradcheck(scan, (decay, entry))
+    assert scan(decay[:, :0], entry[:, :0]).shape == (2, 0, 3)
+
+
+def plain(layer: StateSpace, x: torch.Tensor) -> torch.Tensor:
+    """One sequence [S, H], position by position (Mamba, algorithm 2)."""
+    inner = layer.D.shape[0]
+    u, gate = (x @ layer.in_proj.weight[0].T).split(inner, dim=-1)
+    window = torch.cat((torch.zeros(3, inner), u))
+    mixed = [(window[t : t + 4] * layer.conv.weight[:, 0].T).sum(0) + layer.conv.bias for t in range(len(x))]
+    u = torch.nn.functional.silu(torch.stack(mixed))
+    rank, b, c = (u @ layer.x_proj.weight[0].T).split((layer.rank, 4, 4), dim=-1)
+    dt = torch.nn.functional.softplus(rank @ layer.dt_proj.weight[0].T + layer.dt_proj.bias[0])
+    state, out = torch.zeros(inner, 4), []
+    for t in range(len(x)):
+        state = (dt[t][:, None] * -layer.A_log.exp()).exp() * state + (dt[t] * u[t])[:, None] * b[t]
+        out.append(state @ c[t] + layer.D * u[t])
+    return (torch.stack(out) * torch.nn.functional.silu(gate)) @ layer.out_proj.weight[0].T
+
+
+def made(**options: object) -> StateSpace:
+    return tiny(attention={"kind": "state-space", "state": 4, **options}).model.layers[0].self_attn
+
+
+def test_a_state_space_layer_equals_its_recurrence() -> None:
+    layer = made()
+    x = torch.randn(2, 7, 32)
+    out = layer(x, begin(2, 7, x.device))
+    torch.testing.assert_close(out, torch.stack([plain(layer, row) for row in x]), rtol=1e-4, atol=1e-5)
+
+
+def modality(*ids: int) -> torch.Tensor:
+    return torch.tensor(ids)
+
+
+def test_equal_copies_are_one_layer() -> None:
+    one, two = made(), made(modalities=2)
+    state = {name: t.expand(2, *t.shape[1:]) if "proj" in name else t for name, t in one.state_dict().items()}
+    two.load_state_dict(state)
+    x = torch.randn(1, 6, 32)
+    mixed = begin(1, 6, x.device, modality=modality(0, 1, 1, 0, 1, 0))
+    torch.testing.assert_close(two(x, mixed), one(x, begin(1, 6, x.device)))
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_only_what_is_split_differs_by_modality(name: str) -> None:
+    layer = made(modalities=2, split=[name])
+    sizes = {part: len(getattr(layer, f"{part}_proj").weight) for part in SPLIT}
+    assert sizes == {part: 2 if part == name else 1 for part in SPLIT}
+    x = torch.randn(1, 4, 32)
+    outs = [
+        layer(x, begin(1, 4, x.device, modality=modality(*ids))) for ids in ((0, 0, 0, 0), (1, 1, 1, 1), (0, 0, 0, 1))
+    ]
+    assert not torch.allclose(outs[0], outs[1])
+    torch.testing.assert_close(outs[0][:, :3], outs[2][:, :3])
+
+
+def test_lives_in_a_model(tmp_path) -> None:
+    model = lives(tmp_path, attention={"kind": "state-space", "state": 4})
+    assert not leaks(model)
+    ids = tokens()
+    lives(tmp_path / "two", attention=OWN, inputs={"modality_ids": (ids > 20).long()})
+
+
+def test_padding_on_the_left_leaves_the_state_alone() -> None:
+    model, ids = tiny(attention={"kind": "state-space", "state": 4}), tokens(1, 6)
+    padded = torch.cat((torch.full((1, 3), 7), ids), dim=1)
+    mask = torch.tensor([[0] * 3 + [1] * 6])
+    with torch.no_grad():
+        out = model(padded, attention_mask=mask).logits[:, 3:]
+        torch.testing.assert_close(out, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_modalities_must_be_known() -> None:
+    model, ids = tiny(attention=OWN), tokens(1, 3)
+    with pytest.raises(OptionError, match="routing by modality needs modality_ids with the input"):
+        model(ids)
+    with pytest.raises(OptionError, match="modality ids up to 2, and modalities=2"):
+        model(ids, modality_ids=torch.tensor([[0, 1, 2]]))
+
+
+def test_the_text_must_be_whole() -> None:
+    model = tiny(attention="state-space")
+    with pytest.raises(OptionError, match="a part of this model needs all of the text: run it without past_key_values"):
+        model(tokens(), past_key_values=DynamicCache())
+
+
+def test_mixers_side_by_side_and_parallel_blocks(tmp_path) -> None:
+    both = {"kind": "sum", "of": ["state-space", "softmax"], "gates": [1.0, 0.15]}
+    feed_forward = ["moe", "nothing"]
+    model = lives(
+        tmp_path, attention=[both, "state-space"], feed_forward=feed_forward, idle=("block.gate",), **PARALLEL
+    )
+    assert not leaks(model)
+    assert isinstance(model.model.layers[0].input_layernorm, torch.nn.Identity)
+    layer = tiny(**PARALLEL).model.layers[0]
+    x, context = torch.randn(1, 3, 32), begin(1, 3, torch.device("cpu"))
+    attend = torch.nn.Linear(32, 32)
+    expected = layer.post_attention_layernorm(x + attend(x) + 0.5 * layer.mlp(x, context))
+    torch.testing.assert_close(layer.block(x, layer, attend, context), expected)
+
+
+def test_a_sum_of_one_mixer_is_that_mixer() -> None:
+    alone = tiny(attention="softmax")
+    summed = tiny(attention={"kind": "sum", "of": ["softmax"], "gates": [1.0]})
+    state = {name.replace("self_attn.", "self_attn.mixers.0."): t for name, t in alone.state_dict().items()}
+    summed.load_state_dict(state, strict=False)
+    torch.testing.assert_close(summed(tokens()).logits, alone(tokens()).logits)
+
+
+@pytest.mark.parametrize(
+    ("attention", "told"),
+    [
+        ({"kind": "state-space", "state": 0},
+         "a state-space layer needs state, expand, kernel, rank and modalities of 1 or more"),
+        ({"kind": "state-space", "split": ["conv"]}, "split names 'conv': choose among in, x, dt, out"),
+        ({"kind": "sum", "of": ["softmax"], "gates": []},
+         "a sum of 1 mixers with 0 gates: give one gate for each, one at least"),
+    ],
+)  # fmt: skip
+def test_bad_options_are_one_line(attention: dict, told: str) -> None:
+    with pytest.raises(OptionError) as error:
+        tiny(attention=attention)
+    assert str(error.value) == told
