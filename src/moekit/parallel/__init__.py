@@ -1,9 +1,9 @@
 """Experts on many devices, and training across slow links.
 
-Parts: `dispatch` (layouts and plans), `exchange` (rows between ranks), `engine` (carries out any plan), `_groups` (ranks
-that share experts, ranks that store the same), `_coordinated` (an engine under tensor parallelism), `placement` and
-`_solver*`, `outer` and `_outer*` (training across slow links), `_capacity`, `_aggregate`, `_group_balance`, `_sandwich`;
-all of them are pure or collective and know no paper. A file named by a paper's key makes plans or models of them.
+Parts: `dispatch` (layouts and plans), `exchange` (rows between ranks), `engine` (carries out any plan), `_groups`
+(ranks that share experts, ranks that store the same), `_coordinated` (an engine under tensor parallelism), `placement`
+and `_solver*`, `outer` and `_outer*` (training across slow links), `_capacity`, `_aggregate`, `_group_balance`,
+`_sandwich`. They are pure or collective and know no paper; a file named by a paper's key makes plans or models of them.
 
 A stock model, in a script started by ``torchrun --nproc-per-node 4``, every rank with batches of its own::
 
