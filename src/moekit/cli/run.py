@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +12,7 @@ from moekit.cli._options import Json, Model
 from moekit.errors import OptionError
 
 if TYPE_CHECKING:
+    from moekit.run._predictors_patterns import Retrieval
     from moekit.run._stand_in import Divergence, StandIns
     from moekit.run.answer import Cost
 
@@ -56,6 +58,12 @@ def run(
     ahead: Ahead = None,
     stand_in: StandIn = None,
     read: Read = None,
+    patterns: Annotated[
+        Path | None,
+        typer.Option(
+            "--patterns", metavar="FILE", help="Of `moekit patterns`: the experts of the prompt's task stay in memory."
+        ),
+    ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say afterwards what it took, and the bounds.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -80,6 +88,7 @@ def run(
     ids = prompt_ids(tokenizer, sys.stdin.read() if prompt == "-" else prompt, chat)
     context = ids.shape[1] + new_tokens
     opened = load(checkpoint, memory, context=context, policy=policy, ahead=ahead, **copies)
+    retrieval = None if patterns is None else _kept(opened, checkpoint.fingerprint, patterns)
     made, cost = answer(
         opened, ids, new_tokens, tokenizer=tokenizer, say=None if as_json else _say, temperature=temperature, seed=seed
     )
@@ -87,12 +96,30 @@ def run(
     apart = _divergence(opened, used, ids, made) if explain and used is not None else None
     if as_json:
         text = str(tokenizer.decode(made, skip_special_tokens=True))
-        _show.emit({"text": text, "exact": used is None, **_figures(used, apart), **cost.as_dict()})
+        _show.emit(
+            {
+                "text": text,
+                "exact": used is None,
+                "task": retrieval and retrieval.task,
+                **_figures(used, apart),
+                **cost.as_dict(),
+            }
+        )
         return
     _say("\n")
     lines = explained(cost) if explain else []
+    lines += [("task", str(retrieval.task))] if retrieval is not None and explain else []
     lines += [("not exact", _inexact(used, apart))] if used is not None else []
     sys.stderr.write("".join(f"{name:<22}{value}\n" for name, value in lines))
+
+
+def _kept(opened: Any, fingerprint: str, path: Path) -> "Retrieval":
+    from moekit.compress.premoe import Patterns
+    from moekit.run._predictors_patterns import keep_patterns
+
+    found = Patterns.load(path)
+    found.check_source(fingerprint)
+    return keep_patterns(opened, found.keys, {task: found.ordered(task) for task in found.tasks})
 
 
 def stand_ins_of(stand_in: str | None, read: str | None) -> dict[str, Any]:

@@ -109,13 +109,14 @@ class Patterns:
 
     def experts(self, task: str, count: int, num_groups: int = 1) -> dict[str, tuple[int, ...]]:
         """The ``count`` best experts of every layer, ascending. OptionError for a task that is not stored."""
+        return {name: tuple(sorted(ids[:count])) for name, ids in self.ordered(task, num_groups).items()}
+
+    def ordered(self, task: str, num_groups: int = 1) -> dict[str, list[int]]:
+        """All experts of every layer, best first. OptionError for a task that is not stored."""
         if task not in self.keys:
             raise OptionError(f"there is no pattern for the task '{task}': there are {', '.join(self.tasks)}")
-        best_M = ranking(self.keys[task], num_groups)[:count]
-        return {
-            name: tuple(sorted(perm_E[best_M].tolist()))
-            for name, perm_E in zip(self.layers, self.ranks[task], strict=True)
-        }
+        order_E = ranking(self.keys[task], num_groups)
+        return {name: perm_E[order_E].tolist() for name, perm_E in zip(self.layers, self.ranks[task], strict=True)}
 
     def plan(self, task: str, keep: float | int, source: Source) -> Plan:
         """Keep a task's best experts. PlanError for patterns of another model and impossible counts."""

@@ -4,7 +4,8 @@ Paper: PreMoe: Lightening MoEs on Constrained Memory by Expert Pruning and Retri
 Method: S[e] = mean_t z[t, e] [e among the strongest logits of t, softmax share among them >= threshold], z = x W_r^T
     without bias; keep the top M per layer. Per task the first MoE layer's S is stored as key, and for every later layer
     the permutation that takes its ranking to that layer's; a query is answered by the nearest key (see _patterns).
-Uses: compress._scores, compress._select, compress._patterns, compress._partial
+Uses: compress._scores, compress._select, compress._patterns, compress._partial; run._predictors_patterns when nothing
+    is pruned and the task's experts only stay in memory
 Differs: group-limited routing stays on, every group keeping as many experts (the paper switches it off), and top-k
     stays (the paper may lower it). Scores are of the text that is given; the paper uses the model's own answers.
 Claim: DeepSeek-R1 with 128 of 256 experts keeps 97.2 % on MATH500, with 32 of 256 72.0 %.
