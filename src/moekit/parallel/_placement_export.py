@@ -4,10 +4,11 @@
   01fec5c): `physical_to_logical_map`, one row per decoder layer, dense ones included, of the experts in the order of
   their slots; device p keeps slots p * E / P to (p + 1) * E / P.
 - "vllm": one list per MoE layer in the same order, the shape of `EplbModelState.physical_to_logical_map`
-  (vllm.distributed.eplb.eplb_state, documentation of 0.14.0). No vLLM release up to then reads one from a file; pull
-  request 49572 (open in July 2026) adds `eplb_config.initial_expert_map_path` for exactly this list.
-- "vllm-ascend": the JSON that its `expert_map_path` takes (vllm_ascend/eplb, reader and writer of the 0.11 line):
-  `moe_layer_count` and, per layer and device, `device_expert`.
+  (vllm.distributed.eplb.eplb_state, documentation of 0.14.0 to 0.26.0). No vLLM release seen reads one from a file:
+  pull request 49572 (open in July 2026) adds `eplb_config.initial_expert_map_path` for exactly this list, and 53022
+  (open in August 2026) an `expert_map_path` for one family alone.
+- "vllm-ascend": the JSON that `eplb_config.expert_map_path` takes (vllm_ascend/eplb, readers and writers of the 0.11 line
+  and later): `moe_layer_count` and, per layer, `layer_id`, `device_count` and, per device, `device_expert`.
 """
 
 from __future__ import annotations
