@@ -7,8 +7,8 @@
   (vllm.distributed.eplb.eplb_state, documentation of 0.14.0 to 0.26.0). No vLLM release seen reads one from a file:
   pull request 49572 (open in July 2026) adds `eplb_config.initial_expert_map_path` for exactly this list, and 53022
   (open in August 2026) an `expert_map_path` for one family alone.
-- "vllm-ascend": the JSON that `eplb_config.expert_map_path` takes (vllm_ascend/eplb, readers and writers of the 0.11 line
-  and later): `moe_layer_count` and, per layer, `layer_id`, `device_count` and, per device, `device_expert`.
+- "vllm-ascend": the JSON that `eplb_config.expert_map_path` takes (vllm_ascend/eplb, readers and writers of the 0.11
+  line and later): `moe_layer_count` and, per layer, `layer_id`, `device_count` and, per device, `device_expert`.
 """
 
 from __future__ import annotations
