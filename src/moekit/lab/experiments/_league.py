@@ -1,7 +1,7 @@
 """The one protocol of all language-model rows of the building wing: same data, sizes, steps, seeds and judge.
 
 A contestant is a recipe (``moekit.recipes``, or a variant of one). Of one seed all begin from that seed, see the same
-batches in the same order (2,048 bytes a step, 300 steps, four domains in equal parts, rows of one domain) and are
+batches in the same order (1,024 bytes a step, 600 steps, four domains in equal parts, rows of one domain) and are
 judged on the same unseen text, in bits per byte, mean over the domains. Parameters and what a token uses of them are
 counted on the judge's text. A contestant that was trained before by the same protocol is taken from the user's cache.
 """
