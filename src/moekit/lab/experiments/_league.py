@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from moekit import lab
+from moekit.lab._evaluate import mutual_information
 from moekit.lab.experiments import Advance
 from moekit.lab.experiments._building import gap, means
 from moekit.lab.experiments._outer_training import draws
@@ -119,7 +120,7 @@ def thinned(values: Sequence[float], points: int = 30) -> list[float]:
 @torch.no_grad()
 def judged(model: Any, seed: int) -> dict[str, Any]:
     """Bits per byte by domain on the seed's unseen text, what a token used, and how even the load was."""
-    bits, loads, tokens, use = {}, None, 0, Use(model)
+    bits, loads, tokens, use = {}, {domain: list[Tensor]() for domain in DOMAINS}, 0, Use(model)
     lost: list[Tensor] = []
     with use:
         for domain in DOMAINS:
@@ -132,18 +133,25 @@ def judged(model: Any, seed: int) -> dict[str, Any]:
                 lost.append(loss.view(len(rows), -1))
                 nats += float(loss.sum())
                 tokens += rows.numel()
-                load = [count.clone() for count in out.expert_load]
-                loads = load if loads is None else [a + b for a, b in zip(loads, load, strict=True)]
+                own = loads[domain] or [torch.zeros_like(count) for count in out.expert_load]
+                loads[domain] = [a + b for a, b in zip(own, out.expert_load, strict=True)]
             bits[domain] = nats / (ids.shape[0] * (ids.shape[1] - 1)) / np.log(2)
+    layers = [torch.stack(counts) for counts in zip(*loads.values(), strict=True)]  # [domains, E] each
     return {
         "bits": {domain: round(float(value), 5) for domain, value in bits.items()},
         "bits_per_byte": round(float(np.mean(list(bits.values()))), 5),
-        "max_violation": round(float(np.mean([max_violation(load) for load in loads or ()])), 4) if loads else 0.0,
-        "load": [load.tolist() for load in loads or ()],
+        "max_violation": mean([max_violation(counts.sum(0)) for counts in layers]),
+        "specialisation": mean([mutual_information(counts.numpy().astype(float)) for counts in layers]),
+        "load": [counts.sum(0).tolist() for counts in layers],
         "total": sum(p.numel() for p in model.parameters()),
         "active": round(use.active(tokens)),
         "slots_follow_loss": use.follows(torch.cat(lost)),
     }
+
+
+def mean(values: Sequence[float]) -> float:
+    """Over layers; 0 where a model has no experts."""
+    return round(float(np.mean(values)), 4) if values else 0.0
 
 
 def windows(domain: str, seed: int, length: int = 128) -> Tensor:
