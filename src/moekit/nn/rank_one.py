@@ -27,7 +27,7 @@ class Memory(nn.Module):
     ``values``: "vectors" have no u (f = 1, product-key memory), "rank-one" are experts of one neuron each.
     ``activation`` is f, "none" for the identity (UltraMemV2, whose scores are the only nonlinearity). ``weigh``: a
     "softmax" over those found, or the scores "raw". ``width``: size of u and v between the projections W_in and W_out;
-    without it there are none. ``gate``: where the bias of a sigmoid output gate begins (Hydra), none if it is not given.
+    without it there are none. ``gate``: where the bias of a sigmoid output gate begins (Hydra), none if not given.
     Other options are those of :class:`ProductKeys`. Every token also passes the layer's shared expert, if there is one.
 
     Tables begin as UltraMemV2, appendix A, derives it from the variance of a feed-forward layer's output.
