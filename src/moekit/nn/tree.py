@@ -16,7 +16,7 @@ from .parts import Site
 from .permutation import Permutation, logarithm
 from .seen import Seen
 
-_ENTROPY = "leaf entropy"
+ENTROPY = "leaf entropy"
 _REACHED = 1e-5
 """A leaf of less probability counts as out of reach (COMET)."""
 
@@ -93,7 +93,7 @@ class Tree(nn.Module):
         go = smooth_step(torch.einsum("th,jnh->tjn", x_TH, self.nodes.to(x_TH.dtype)), self.width)
         leaf_TJN = leaves(go)
         log_TJN = logarithm(leaf_TJN, _REACHED)
-        carry(context).state[_ENTROPY] = -(leaf_TJN * log_TJN.masked_fill(log_TJN == -torch.inf, 0)).sum((1, 2))
+        carry(context).state[ENTROPY] = -(leaf_TJN * log_TJN.masked_fill(log_TJN == -torch.inf, 0)).sum((1, 2))
         score_TJN = torch.einsum("th,jnh->tjn", x_TH, self.weight.to(x_TH.dtype)) + self.bias
         share_TJN = (score_TJN + log_TJN).flatten(1).softmax(-1).view_as(leaf_TJN)
         if self.permutation is None:
@@ -109,7 +109,7 @@ class LeafEntropy(nn.Module):
         super().__init__()
 
     def forward(self, seen: Seen) -> Tensor:
-        entropy = carry(seen.context).state.get(_ENTROPY)
+        entropy = carry(seen.context).state.get(ENTROPY)
         if entropy is None or len(entropy) != len(seen.x_TH):
             raise OptionError("the entropy of leaves needs the scorer 'tree', token by token")
         return seen.mean(entropy[:, None]).sum()
