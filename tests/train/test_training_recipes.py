@@ -1,5 +1,6 @@
 """Recipes: read on top of one another, carried out, killed and taken up again with the same bits."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -34,7 +35,7 @@ accumulate = 2
 
 [[schedule]]
 set = "*.mlp.gate.selector.k"
-course = {kind = "steps", values = [4, 1], at = [0.5]}
+course = {kind = "steps", values = [4, 2], at = [0.5]}
 """
 
 
@@ -69,7 +70,7 @@ def test_tables_are_merged_and_parts_are_replaced(tmp_path):
 def test_schedules_batches_and_the_bias_move_as_told(recipe):
     used = []
     model, record = carry_out(recipe, batches, after_step=lambda step, record, run: used.append(run.load[0].sum()))
-    assert [int(count) for count in used] == [2 * 4 * 12 * k for k in (4, 4, 4, 1, 1, 1)]
+    assert [int(count) for count in used] == [2 * 4 * 12 * k for k in (4, 4, 4, 2, 2, 2)]
     assert len(record.losses) == 6
     assert set(record.parts) == {"cross_entropy", "load", "max_violation"}
     assert model.model.layers[0].mlp.gate.bias.abs().max() > 0
@@ -104,6 +105,19 @@ def test_a_trained_folder_loads_and_tells_its_course(recipe, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tiny.toml"]
     with pytest.raises(OutputError, match="exists: choose another folder or give --overwrite"):
         train_to(recipe, batches, tmp_path / "out")
+
+
+def test_a_schedule_that_ends_elsewhere_than_the_config_is_not_published(recipe, tmp_path):
+    entry = {"set": "*.mlp.gate.selector.k", "course": {"kind": "linear", "start": 1, "end": 4}}
+    with pytest.raises(OutputError, match="the saved model is not the trained one"):
+        train_to(dataclasses.replace(recipe, schedule=(entry,)), batches, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_drawn_goes_back(recipe):
+    entry = {"set": "*.mlp.gate.selector.k", "course": {"kind": "draw", "values": [1]}}
+    model, _ = carry_out(dataclasses.replace(recipe, schedule=(entry,)), batches)
+    assert {layer.mlp.gate.selector.k for layer in model.model.layers} == {2}
 
 
 PROGRAM = """
@@ -169,7 +183,7 @@ def test_what_is_no_recipe(tmp_path, text, said):
 
 
 def test_what_no_model_can_be():
-    with pytest.raises(OptionError, match="there is no recipe 'nothing': name a TOML file, or one of .*base"):
+    with pytest.raises(OptionError, match=r"there is no recipe 'nothing': name a TOML file, or one of .*base"):
         Recipe.read("nothing")
     with pytest.raises(OptionError, match=r"\[model\] has no field 'expertz'"):
         Recipe.read("base").with_model(expertz=3).config()

@@ -21,7 +21,8 @@ class MoekitConfig(PreTrainedConfig):
     ({name: {weight, options}}), ``correction`` the loss-free bias; ``others`` lists experts of other kinds (``["zero",
     "copy"]``); ``dense_layers`` have one feed-forward of ``intermediate_size`` instead, other kinds of sublayer are
     named by ``feed_forward``; ``memory`` is one sublayer that every layer is followed by; ``attention``, ``block`` and
-    ``wiring`` name those parts. Parts are named as :mod:`moekit.nn.parts` says.
+    ``wiring`` name those parts. ``modality_starts`` are the first token ids of modalities 1, 2, ..., for models whose
+    modalities have vocabularies of their own; ids that are given (``modality_ids``) come first. Parts are named as :mod:`moekit.nn.parts` says.
     """
 
     model_type = "moekit"
@@ -51,6 +52,7 @@ class MoekitConfig(PreTrainedConfig):
     feed_forward: str | dict | list = "moe"
     memory: str | dict | None = None
     attention: str | dict | list = "softmax"
+    modality_starts: list[int] | None = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02
@@ -71,7 +73,7 @@ class MoekitConfig(PreTrainedConfig):
             if isinstance(rule := getattr(self, name), dict):
                 setattr(self, name, per_layer(rule, self.num_hidden_layers))
         if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
-            raise OptionError(f"pad_token_id={self.pad_token_id} is not among the {self.vocab_size} tokens of vocab_size")
+            raise OptionError(f"pad_token_id={self.pad_token_id} is not among the {self.vocab_size} tokens there are")
         super().__post_init__(**kwargs)
 
     def site(self, layer: int) -> Site:

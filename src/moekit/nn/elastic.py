@@ -23,6 +23,8 @@ class Drawn:
     That many are in: any of them, or with ``nested`` the first, so that every size is part of the next (SortedNet).
     """
 
+    drawn = True
+
     def __init__(self, *, sizes: Sequence[int], chances: Sequence[float] | None = None, nested: bool = False) -> None:
         chances = [1.0] * len(sizes) if chances is None else list(chances)
         if not sizes or any(type(size) is not int or size < 1 for size in sizes):

@@ -74,6 +74,8 @@ class Steps:
 class Draw:
     """One of ``values`` at every step, with the given ``chances`` (equal where there are none)."""
 
+    drawn = True
+
     def __init__(self, *, values: Sequence[Any], chances: Sequence[float] | None = None) -> None:
         chances = [1.0] * len(values) if chances is None else list(chances)
         if not values or len(chances) != len(values) or min(chances) < 0 or not sum(chances) > 0:
@@ -90,6 +92,8 @@ class Pool:
     Before the share ``begin`` of the run as many as ``own`` (a share of the choices) are candidates, from ``until`` on
     all are, and evenly more in between.
     """
+
+    drawn = True
 
     def __init__(self, *, own: float, begin: float = 0.0, until: float = 1.0) -> None:
         if not 0 < own <= 1:
@@ -145,6 +149,13 @@ class Schedule:
         if not self.modules:
             raise OptionError(f"schedule {target!r}: {type(found[0]).__name__} has no attribute {self.attribute!r}")
         self.whole = all(type(getattr(module, self.attribute, None)) is int for module in self.modules)
+        self.before = [getattr(module, self.attribute, True) for module in self.modules]
+
+    def end(self) -> None:
+        """Training is over: what was drawn anew at each step goes back to what it was, every other value stays."""
+        if getattr(self.course, "drawn", False):
+            for module, value in zip(self.modules, self.before, strict=True):
+                setattr(module, self.attribute, value)
 
     def apply(self, moment: Moment) -> None:
         """Give the attribute its value for this step."""

@@ -150,17 +150,26 @@ class Training:
 
     def __post_init__(self) -> None:
         self.schedules = [Schedule(self.model, entry["set"], entry["course"]) for entry in self.recipe.schedule]
+        self.begun = False
 
     def moment(self, step: int) -> Moment:
         return Moment(step, self.recipe.options.steps, self.recipe.options.seed)
 
     def begin_step(self, step: int) -> None:
-        for schedule in self.schedules:
-            schedule.apply(self.moment(step))
+        """Move what schedules move; a run taken up again is first brought to the step before (some act on a change)."""
+        for at in [step] if self.begun or step == 0 else [step - 1, step]:
+            for schedule in self.schedules:
+                schedule.apply(self.moment(at))
+        self.begun = True
 
     def end_step(self, step: int) -> None:
         self.load = [layer.count_E.clone() for layer in self.model.modules() if isinstance(layer, MoE)]
         finish_step(self.model)
+
+    def end(self) -> None:
+        """Training is over."""
+        for schedule in self.schedules:
+            schedule.end()
 
     def loss(self, model: Any, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Cross-entropy in nats per token, plus the balance terms; its parts for the record."""
@@ -208,4 +217,5 @@ def carry_out(
         after_step=ended,
         progress=progress,
     )
+    running.end()
     return model, record

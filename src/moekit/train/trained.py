@@ -15,6 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+
 from moekit.errors import OutputError
 from moekit.train.loop import Record
 from moekit.train.recipe import Recipe, Training, carry_out
@@ -41,7 +43,8 @@ def train_to(
     share of every batch, and the first writes.
 
     Raises:
-        OutputError: the folder exists. OptionError: see :func:`carry_out`.
+        OutputError: the folder exists, or the model that was saved is not the one trained.
+        OptionError: see :func:`carry_out`.
     """
     if output.exists() and not overwrite:
         raise OutputError(f"{output} exists: choose another folder or give --overwrite")
@@ -54,6 +57,7 @@ def train_to(
         model, record = carry_out(recipe, own, folder=work / str(rank), after_step=log, progress=progress)
     if rank == 0:
         model.save_pretrained(work)
+        check(model.eval(), work)
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
         (work / RECIPE).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
@@ -65,6 +69,20 @@ def train_to(
             shutil.rmtree(output)
         work.replace(output)
     return record
+
+
+@torch.no_grad()
+def check(model: Any, folder: Path) -> None:
+    """OutputError unless the folder holds the model that was trained: a schedule may have moved it from its config."""
+    from moekit.nn.model import MoekitForCausalLM
+
+    ids = torch.arange(32)[None] % model.config.vocab_size
+    again = MoekitForCausalLM.from_pretrained(folder, dtype=model.dtype).eval()
+    if not torch.allclose(again(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5):
+        raise OutputError(
+            "the saved model is not the trained one: a [[schedule]] ends with other values than [model] says; give "
+            "[model] the values that training ends with"
+        )
 
 
 def sharded(batches: Batches, rank: int, world: int) -> Batches:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from moekit import lab
@@ -94,10 +95,23 @@ def play(recipe: Recipe, seed: int) -> dict[str, Any]:
     model, figures = trained(recipe)
     figures |= judged(model, seed)
     kept.parent.mkdir(parents=True, exist_ok=True)
+    save_model(model, kept.with_suffix(".safetensors"))
     partial = kept.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(figures, indent=1))
     partial.replace(kept)
     return figures
+
+
+def at_hand(recipe: Recipe, seed: int) -> Any:
+    """The trained model of a contestant, trained now or taken from the cache."""
+    recipe = recipe.with_options(seed=seed)
+    play(recipe, seed)
+    model = recipe.build()
+    load_model(model, cache() / f"{fingerprint(recipe)}.safetensors")
+    running = Training(model, recipe)
+    running.begin_step(recipe.options.steps - 1)  # what schedules left behind is not among the weights
+    running.end()
+    return model.eval()
 
 
 def trained(recipe: Recipe, after_step: AfterStep | None = None) -> tuple[Any, dict[str, Any]]:
