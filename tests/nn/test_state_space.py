@@ -103,6 +103,12 @@ def test_modalities_must_be_known() -> None:
         model(ids, modality_ids=torch.tensor([[0, 1, 2]]))
 
 
+def test_modalities_by_vocabulary() -> None:
+    model, ids = tiny(attention=OWN, modality_starts=[13]), torch.tensor([[0, 12, 13, 39]])
+    torch.testing.assert_close(model(ids).logits, model(ids, modality_ids=torch.tensor([[0, 0, 1, 1]])).logits)
+    assert not torch.equal(model(ids).logits, model(ids, modality_ids=torch.tensor([[0, 1, 1, 1]])).logits)
+
+
 def test_the_text_must_be_whole() -> None:
     model = tiny(attention="state-space")
     with pytest.raises(OptionError, match="a part of this model needs all of the text: run it without past_key_values"):

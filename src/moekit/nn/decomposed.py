@@ -108,13 +108,14 @@ class Decomposed(nn.Module):
     def forward(self, hidden_states: Tensor, context: Context | None = None) -> Tensor:
         """[.., H]."""
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        first, second = (g.to(x_TH.dtype) for g in self._routed(x_TH, context or Context()))
+        first, second = (g.to(x_TH.dtype) for g in self.halves(x_TH, context or Context()))
         if context is not None:  # halves of either side, those of the first before those of the second
             carry(context).load.append(torch.cat([(g > 0).sum((0, 1)) for g in (first, second)]))
         combine = self._vertical if self.vertical else self._horizontal
         return combine(x_TH, first, second).reshape(hidden_states.shape)
 
-    def _routed(self, x_TH: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    def halves(self, x_TH: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """What the router gives the first and the second halves [T, G, N]: this layer's, or the one it borrows."""
         state, names = carry(context).state, (f"first halves {self.owner}", f"second halves {self.owner}")
         if self.router is None:
             if names[0] not in state:
@@ -134,7 +135,7 @@ class Decomposed(nn.Module):
         for name, weight in self.weights.items():
             carry(context).lose(name, weight * values[name])
 
-    def _pairs(self, first_TGN: Tensor, second_TGN: Tensor) -> Tensor:
+    def pairs(self, first_TGN: Tensor, second_TGN: Tensor) -> Tensor:
         """[T, N, N]: the weight of every expert, those switched off at 0."""
         pairs = torch.einsum("tgi,tgj->tij", first_TGN, second_TGN)
         return pairs if self.mask is None else pairs * self.mask.to(pairs)
@@ -145,7 +146,7 @@ class Decomposed(nn.Module):
             mixed = torch.einsum("tgi,tgj,tiu->tju", first, second, inner)
             share = second.sum(1)
         else:
-            pairs = self._pairs(first, second)
+            pairs = self.pairs(first, second)
             mixed, share = torch.einsum("tij,tiu->tju", pairs, inner), pairs.sum(1)
         return torch.einsum("nou,tnu->to", self.down[0, 0], mixed) + share @ self.down_bias[0]
 
@@ -159,7 +160,7 @@ class Decomposed(nn.Module):
                 torch.einsum("tgj,tgu->tju", second, torch.einsum("tgi,tiu->tgu", first, inner[0])),
             )
         else:
-            pairs = self._pairs(first, second)
+            pairs = self.pairs(first, second)
             shares = (pairs.sum(2), pairs.sum(1))
             crossed = torch.einsum("tij,tju->tiu", pairs, inner[1]), torch.einsum("tij,tiu->tju", pairs, inner[0])
         halves = []

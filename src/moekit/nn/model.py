@@ -217,6 +217,9 @@ class MoekitModel(MoekitPreTrainedModel):
         padding = None
         if mask is not None and mask.dim() == 2:
             padding = (mask[:, -length:] == 0).reshape(-1)
+        starts = self.config.modality_starts
+        if modality is None and ids is not None and starts is not None:
+            modality = torch.bucketize(ids, torch.tensor(starts, device=ids.device), right=True)
         flat = {"input_ids": ids, "modality": modality, "task": task, "position": position.expand(batch, -1)}
         return begin(
             batch,
