@@ -18,6 +18,7 @@ from moekit.cli.eval import evaluate
 from moekit.cli.export import export
 from moekit.cli.fit import fit
 from moekit.cli.inspect import inspect
+from moekit.cli.league import league
 from moekit.cli.patterns import patterns
 from moekit.cli.place import place
 from moekit.cli.plan import plan
@@ -46,6 +47,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "recover": recover,
     "build": build,
     "train": train,
+    "league": league,
     "export": export,
     "compare": compare,
     "verify": verify,

@@ -28,7 +28,7 @@ def reproduce(
     from moekit.lab.experiments import run
 
     with _show.progress(f"reproduce {key}") as advance:
-        result = run(key, seeds=_seeds(seeds), text=text, advance=advance)
+        result = run(key, seeds=numbers(seeds), text=text, advance=advance)
     if as_json:
         _show.emit(result)
         return
@@ -37,7 +37,8 @@ def reproduce(
     _show.table((result["key"], result["verdict"]), list(flat(result["figures"]).items()))
 
 
-def _seeds(text: str) -> tuple[int, ...]:
+def numbers(text: str) -> tuple[int, ...]:
+    """Seeds, as an option names them."""
     try:
         seeds = tuple(int(part) for part in text.split(","))
     except ValueError:

@@ -1,0 +1,191 @@
+"""Recipes against each other at equal compute, by the one protocol: a table, a picture, and the document of both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moekit.errors import OptionError
+from moekit.lab.experiments import Advance
+from moekit.lab.experiments._league import BASE, DOMAINS, Use, contestant, play, windows
+from moekit.measure import Interval
+from moekit.train.recipe import Recipe, recipes
+
+CLOSE = 0.05
+"""Share by which a recipe's compute per token may differ from the plain one's before its steps are changed."""
+
+
+_COLUMNS = (
+    "recipe",
+    "bits per byte",
+    "lead over plain",
+    "compute",
+    "steps",
+    "active",
+    "total",
+    "MaxVio",
+    "specialisation",
+    "tokens/s",
+)
+_INTERVALS = """intervals are 95 % t intervals over them, of a recipe's own figure and of its lead over the plain
+recipe seed by seed (above zero: better than plain). What this says holds for models of this size, trained this long."""
+_LEGEND = """compute: active parameters times tokens over the plain recipe's, counted on the judge's text; MaxVio: mean
+over layers; specialisation: bits that an expert's name tells of the domain, mean over layers; tokens/s: trained per
+second of processor time."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One recipe over all seeds. ``compute`` is active parameters times tokens, over the plain recipe's."""
+
+    recipe: str
+    steps: int
+    bits_per_byte: Interval
+    lead: Interval
+    domains: dict[str, float]
+    total: int
+    active: int
+    compute: float
+    max_violation: float
+    specialisation: float
+    tokens_per_second: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def entrants(keys: Sequence[str]) -> dict[str, Recipe]:
+    """Recipes by key, the plain one first; all that come with the package where none is named.
+
+    Raises:
+        OptionError: there is none of a name.
+    """
+    named = list(keys) or [key for key in recipes() if key != BASE]
+    return {key: contestant(key) for key in dict.fromkeys([BASE, *named])}
+
+
+@torch.no_grad()
+def per_token(recipe: Recipe) -> float:
+    """Parameters that a token uses in the untrained model, which says how many steps are equal compute."""
+    model, rows = recipe.build().eval(), windows(DOMAINS[0], 0)[:8]
+    with Use(model) as use:
+        model(input_ids=rows, use_cache=False)
+    return use.active(rows.numel())
+
+
+def equal(entered: Mapping[str, Recipe]) -> dict[str, Recipe]:
+    """Every recipe with as many steps as make its compute that of the plain one; within 5 % they stay."""
+    used = {key: per_token(recipe) for key, recipe in entered.items()}
+    out = {}
+    for key, recipe in entered.items():
+        ratio = used[BASE] / used[key]
+        close = abs(ratio - 1) <= CLOSE
+        out[key] = recipe if close else recipe.with_options(steps=max(1, round(recipe.options.steps * ratio)))
+    return out
+
+
+def standings(entered: Mapping[str, Recipe], seeds: Sequence[int], advance: Advance) -> list[Standing]:
+    """Every recipe trained and judged at equal compute, the best first.
+
+    Raises:
+        OptionError: fewer than two seeds.
+    """
+    if len(set(seeds)) < 2:
+        raise OptionError("an interval needs at least two different seeds")
+    matched, found = equal(entered), dict[str, list[dict[str, Any]]]()
+    for number, (key, recipe) in enumerate(matched.items()):
+        advance(number, len(matched))
+        found[key] = [play(recipe, seed) for seed in seeds]
+    plain = found[BASE]
+    rows = [_standing(key, matched[key], found[key], plain, matched[BASE]) for key in matched]
+    return sorted(rows, key=lambda row: row.bits_per_byte.mean)
+
+
+def _standing(key: str, recipe: Recipe, runs: Sequence[Mapping[str, Any]], plain: Any, base: Recipe) -> Standing:
+    def mean(figure: str) -> float:
+        return sum(float(run[figure]) for run in runs) / len(runs)
+
+    tokens, active = recipe.options.steps * recipe.batch * recipe.length, mean("active")
+    usual = base.options.steps * base.batch * base.length * sum(run["active"] for run in plain) / len(plain)
+    return Standing(
+        recipe=key,
+        steps=recipe.options.steps,
+        bits_per_byte=Interval.over_seeds([run["bits_per_byte"] for run in runs]),
+        lead=Interval.over_seeds([b["bits_per_byte"] - a["bits_per_byte"] for a, b in zip(runs, plain, strict=True)]),
+        domains={domain: sum(run["bits"][domain] for run in runs) / len(runs) for domain in DOMAINS},
+        total=round(mean("total")),
+        active=round(active),
+        compute=active * tokens / usual,
+        max_violation=mean("max_violation"),
+        specialisation=mean("specialisation"),
+        tokens_per_second=tokens / mean("processor_seconds"),
+    )
+
+
+def markdown(rows: Sequence[Standing], seeds: Sequence[int], about: str) -> str:
+    """The document: what was done, the table, what its columns mean."""
+    lines = [
+        "# Architectures side by side",
+        "",
+        about,
+        "",
+        f"Seeds {', '.join(map(str, seeds))}; {_INTERVALS}",
+        "",
+        f"| {' | '.join(_COLUMNS)} |",
+        "| --- |" + " --- |" * (len(_COLUMNS) - 1),
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row.recipe} | {row.bits_per_byte} | {row.lead} | {row.compute:.2f} | {row.steps} | {row.active:,} | "
+            f"{row.total:,} | {row.max_violation:.2f} | {row.specialisation:.3f} | {row.tokens_per_second:,.0f} |"
+        )
+    lines += [
+        "",
+        _LEGEND,
+        "",
+        "| recipe | " + " | ".join(DOMAINS) + " |",
+        "| --- |" + " --- |" * len(DOMAINS),
+        *(f"| {row.recipe} | " + " | ".join(f"{row.domains[domain]:.3f}" for domain in DOMAINS) + " |" for row in rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: Sequence[Standing], path: Path) -> None:
+    """Loss against active parameters, load balance, specialisation. Needs matplotlib.
+
+    Raises:
+        OptionError: it is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise OptionError("a picture needs matplotlib, which is not installed: pip install 'moekit[plot]'") from None
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    loss, uneven, special = figure.subplots(1, 3)
+    sides = (
+        (loss, [row.active for row in rows], "active parameters per token"),
+        (uneven, [row.max_violation for row in rows], "MaxVio"),
+        (special, [row.specialisation for row in rows], "specialisation, bits"),
+    )
+    for side, values, label in sides:
+        side.errorbar(
+            values,
+            [row.bits_per_byte.mean for row in rows],
+            yerr=[
+                [row.bits_per_byte.mean - row.bits_per_byte.low for row in rows],
+                [row.bits_per_byte.high - row.bits_per_byte.mean for row in rows],
+            ],
+            fmt="o",
+            markersize=4,
+            linewidth=0.6,
+        )
+        for row, value in zip(rows, values, strict=True):
+            side.annotate(
+                row.recipe, (value, row.bits_per_byte.mean), fontsize=6, xytext=(3, 3), textcoords="offset points"
+            )
+        side.set(xlabel=label, ylabel="bits per byte")
+    figure.savefig(path, dpi=140)
