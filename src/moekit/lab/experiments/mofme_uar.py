@@ -10,9 +10,9 @@ router: expected calibration error (10 bins) of its highest probability as the c
 restores best. Mean of 2 runs a seed.
 
 Rule, written before the first run. `shown` if and only if the modulated experts have at least 60 % fewer parameters in
-their layers than the full ones, the 95 % t interval over seeds of their PSNR minus the full experts' lies above -0.1 dB,
-and that of their PSNR minus the single expert's above zero. A single expert that ties falsifies the claim. What the
-calibrated router is worth (PSNR, calibration error) is reported: its formula is our reading of the paper.
+their layers than the full ones, the 95 % t interval over seeds of their PSNR minus that of the full experts lies above
+-0.1 dB, and that of their PSNR minus the single expert's above zero. A single expert that ties falsifies the claim.
+What the calibrated router is worth (PSNR, calibration error) is reported: its formula is our reading of the paper.
 """
 
 from __future__ import annotations
