@@ -31,6 +31,7 @@ format: .venv/.ready
 
 bench: .venv/.ready
 	$(BIN)/python benchmarks/experts.py
+	$(BIN)/python benchmarks/training.py
 
 # Needs 40 GB of disk in WORK.
 WORK ?= out/scale
