@@ -1,8 +1,9 @@
 """A training step of the plain recipe beside the same model in stock transformers; what routing costs in every recipe.
 
-All contestants take turns in one process; a figure is the median over rounds of the ratio within one round. Stock runs
-its experts by ``eager`` and ``grouped_mm`` (``batched_mm`` copies weights per token: 20 times slower here). Kept bytes are what autograd saves between forward and backward.
-Writes training.json beside this file. ``--rounds N``, ``--threads N``, ``--recipes a,b``.
+All contestants take turns in one process; a figure is the median over rounds of the ratio within one round. Stock
+runs its experts by ``eager`` and ``grouped_mm`` (``batched_mm`` copies weights per token: 20 times slower here). Kept
+bytes are what autograd saves between forward and backward. Writes training.json beside this file. ``--rounds N``,
+``--threads N``, ``--recipes a,b``.
 """
 
 from __future__ import annotations
