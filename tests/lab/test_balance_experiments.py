@@ -94,7 +94,7 @@ def test_each_condition_can_fail(module, where, value):
 
 
 SMALL = [
-    (alf_lb_theory, {"TOKENS": 128, "STEPS": 20, "ONLINE": 128, "JUDGE": 512, "DRIFT": 8}),
+    (alf_lb_theory, {"TOKENS": 128, "STEPS": 20, "ONLINE": 256, "JUDGE": 512, "DRIFT": 8}),
     (topk_gmoe_theory, {"SIZES": (200, 400), "SAMPLES": 1}),
     (shiftaddvit, {"FIRST": 3, "THEN": 3, "REPEATS": 1, "TEST": 64}),
     (adamoe_vla, {"FIRST": 3, "THEN": 2, "REPEATS": 1, "TEST": 64}),

@@ -145,10 +145,8 @@ def streamed(draw: torch.Generator, offset_E: Tensor, course: str, rate: float, 
 def online(seed: int, course: str) -> dict[str, float]:
     """Gaps to the least dual value along a stream, with the rate that did best on another."""
     draw = torch.Generator().manual_seed(seed + 1)
-    offset, points = (
-        offsets(draw),
-        sorted({round(2 ** (i / 6)) for i in range(6 * 6, 6 * (ONLINE.bit_length() - 1) + 1)}),
-    )
+    offset, last = offsets(draw), ONLINE.bit_length() - 1
+    points = sorted({round(2 ** (i / 6)) for i in range(6 * 6, 6 * last + 1)})
     judge = sampled(draw, JUDGE, offset)
     least = lagrangian(judge, optimal(judge))
     late = (ONLINE // 2, round(ONLINE / 2**0.5), ONLINE)
