@@ -108,6 +108,16 @@ def test_nan_is_ranked_last():
     assert made.select(logits, Context()).tolist() == [[1, 3, 2]]
 
 
+@pytest.mark.parametrize("select", ["top-k", {"kind": "grouped", "groups": 1}])
+def test_a_token_of_nan_is_not_silently_left_out(select):
+    made, x = router(select=select), torch.randn(3, 6)
+    x[1] = float("nan")
+    found = route(made, x)
+    assert found.used[1].all()
+    assert found.weight[1].isnan().all()
+    assert found.weight[[0, 2]].isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("parts", "said"),
     [

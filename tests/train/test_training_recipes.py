@@ -114,6 +114,24 @@ def test_a_schedule_that_ends_elsewhere_than_the_config_is_not_published(recipe,
     assert not (tmp_path / "out").exists()
 
 
+def test_a_nan_in_a_router_stops_training_with_one_line(recipe):
+    model = recipe.build()
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate.scorer.weight[0] = float("nan")
+    with pytest.raises(OptionError, match="the loss at step 0 is nan"):
+        carry_out(recipe, batches, model)
+
+
+def test_an_unfinished_run_of_another_recipe_is_not_taken_up(recipe, tmp_path):
+    def stop(step):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_to(recipe, stop, tmp_path / "out")
+    with pytest.raises(OptionError, match="holds an unfinished run of another recipe: remove it"):
+        train_to(recipe.with_model(wiring="momentum"), batches, tmp_path / "out")
+
+
 def test_what_was_drawn_goes_back(recipe):
     entry = {"set": "*.mlp.gate.selector.k", "course": {"kind": "draw", "values": [1]}}
     model, _ = carry_out(dataclasses.replace(recipe, schedule=(entry,)), batches)

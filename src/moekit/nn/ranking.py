@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from ..contract import PAD
 
 
 def ranked(scores_TE: Tensor, bias: Tensor | None) -> Tensor:
-    """What is sorted: scores plus bias; NaN, which no comparison orders, counts as least."""
+    """What is sorted: scores plus bias.
+
+    NaN, which no comparison orders, counts as least, and yet may be chosen: a token all of whose scores are NaN gets a
+    NaN weight and not silently nothing, so that whoever trains or runs the model finds out.
+    """
     out = scores_TE if bias is None else scores_TE + bias.to(scores_TE.dtype)
-    return out.masked_fill(out.isnan(), -math.inf)
+    return out.masked_fill(out.isnan(), torch.finfo(out.dtype).min)
 
 
 def best(ranks_TE: Tensor, k: int) -> Tensor:

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import torch
 
-from moekit.errors import OutputError
+from moekit.errors import OptionError, OutputError
 from moekit.train.loop import Record
 from moekit.train.recipe import Recipe, Training, carry_out
 from moekit.train.sequences import Batches
@@ -51,7 +51,8 @@ def train_to(
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     work = output.with_name(f".{output.name}.training")
     work.mkdir(parents=True, exist_ok=True)
-    told = {"model": dict(recipe.model), "train": asdict(recipe.options), "schedule": list(recipe.schedule)}
+    if rank == 0:
+        _begin(work / RECIPE, recipe)
     with Log(work / (METRICS if rank == 0 else f"{METRICS}.{rank}")) as log:
         own = sharded(batches, rank, world) if world > 1 else batches
         model, record = carry_out(recipe, own, folder=work / str(rank), after_step=log, progress=progress)
@@ -60,7 +61,6 @@ def train_to(
         check(model.eval(), work)
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
-        (work / RECIPE).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
         if draw is not None:
             draw([json.loads(line) for line in (work / METRICS).read_text().splitlines()], work)
         for number in range(world):
@@ -69,6 +69,18 @@ def train_to(
             shutil.rmtree(output)
         work.replace(output)
     return record
+
+
+def _begin(path: Path, recipe: Recipe) -> None:
+    """Write down what is carried out here; OptionError where that is another recipe than before."""
+    sizes = {"batch": recipe.batch, "length": recipe.length}
+    told = {"model": dict(recipe.model), "train": asdict(recipe.options) | sizes, "schedule": list(recipe.schedule)}
+    text = json.dumps(told, indent=1) + "\n"
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        raise OptionError(
+            f"{path.parent} holds an unfinished run of another recipe: remove it or choose another folder"
+        )
+    path.write_text(text, encoding="utf-8")
 
 
 @torch.no_grad()
