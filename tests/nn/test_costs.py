@@ -80,6 +80,14 @@ def test_chances_are_those_of_drawing_the_noise_again():
     assert torch.equal(chance_of_choice(clean, noisy, 5, noise), torch.ones(3, 5))
 
 
+def test_where_fewer_are_allowed_than_slots_they_are_sure():
+    clean = torch.tensor([[0.3, -torch.inf, 0.1, -torch.inf]], requires_grad=True)
+    out = chance_of_choice(clean, clean.detach() + 0.1, 3, 0.5)
+    assert out.tolist() == [[1, 0, 1, 0]]
+    out.sum().backward()
+    assert clean.grad.isfinite().all()
+
+
 def minimised(costs, steps=250):
     """Shares of work after minimising the loss alone over free logits."""
     torch.manual_seed(2)

@@ -50,6 +50,7 @@ def chance_of_choice(clean_TE: Tensor, noisy_TE: Tensor, k: int, noise: float) -
     best_TK, _ = noisy_TE.topk(k + 1, dim=1)
     last, next_ = best_TK[:, k - 1 : k], best_TK[:, k : k + 1]
     threshold = torch.where(noisy_TE >= last, next_, last)
+    threshold = threshold.clamp(min=torch.finfo(threshold.dtype).min / 2)  # where too few are allowed: chosen for sure
     return torch.special.ndtr((clean_TE - threshold) / noise)
 
 

@@ -133,7 +133,7 @@ def moved_wrongly(before: Tensor, after: Tensor, rise_E: Tensor) -> int:
 
 def streamed(draw: torch.Generator, offset_E: Tensor, course: str, rate: float, at: Sequence[int]) -> list[Tensor]:
     """Biases after so many steps on a stream of new tokens."""
-    correction = Correction(rate=rate, update="proportional", course=course)  # type: ignore[arg-type]
+    correction = Correction(rate=rate, update="proportional", course=course)
     bias, seen, wanted = torch.zeros(EXPERTS), [], set(at)
     for step in range(1, max(at) + 1):
         correction.step(bias, chosen(sampled(draw, STREAM, offset_E), bias).sum(0))
@@ -178,7 +178,7 @@ def drifting(seed: int, course: str) -> dict[str, float]:
     """Mean MaxVio of the last half of a stream whose offsets turn into others."""
     draw = torch.Generator().manual_seed(seed + 4)
     first, last = offsets(draw), offsets(draw)
-    correction = Correction(rate=0.1, update="proportional", course=course)  # type: ignore[arg-type]
+    correction = Correction(rate=0.1, update="proportional", course=course)
     bias, found = torch.zeros(EXPERTS), []
     for step in range(DRIFT):
         offset = first + (last - first) * step / DRIFT

@@ -92,7 +92,7 @@ def worlds(seed: int) -> dict[str, dict[str, float]]:
         torch.manual_seed(seed + 1)
         width = round(45 * 2 / 3)  # three matrices a gated expert, two a column choice
         site = Site(hidden_size=SIZE, intermediate_size=width, num_experts=EXPERTS, top_k=K)
-        router = {"score": {"kind": "task-aware", "tasks": MARKS, "hidden": hidden}, "weigh": "chosen"}
+        router: dict[str, Any] = {"score": {"kind": "task-aware", "tasks": MARKS, "hidden": hidden}, "weigh": "chosen"}
         model = Toy(INPUTS + MARKS, SIZE, OUTPUTS, [moe(site, router, bank=bank, balance=balance)])
         fit(model, lambda step: draw(BATCH), STEPS, RATE, fast={"topology": TOPOLOGY_RATE})
         found[arm] = judged(model, test)

@@ -33,7 +33,7 @@ INPUTS, SIZE, WIDTH, CLASSES, TEST = 16, 32, 64, 10, 4096
 BATCH, FIRST, THEN, RATE, REPEATS = 256, 600, 400, 3e-3, 3
 BITS = (16.0, 5.0)
 WANTED = BITS[0] / sum(BITS)
-NOISY = {"activation": "noisy-softmax", "weigh": {"kind": "scores", "normalise": False}}
+NOISY: dict[str, Any] = {"activation": "noisy-softmax", "weigh": {"kind": "scores", "normalise": False}}
 ARMS: dict[str, tuple[list[int], list[float]]] = {
     "multiplication": ([], [1.0]),
     "shift": ([0], [1.0]),
