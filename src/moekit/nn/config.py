@@ -20,9 +20,10 @@ class MoekitConfig(PreTrainedConfig):
     theirs, held in one bank. ``router`` names the router's parts (see ``nn.router``), ``balance`` its auxiliary terms
     ({name: {weight, options}}), ``correction`` the loss-free bias; ``others`` lists experts of other kinds (``["zero",
     "copy"]``); ``dense_layers`` have one feed-forward of ``intermediate_size`` instead, other kinds of sublayer are
-    named by ``feed_forward``; ``memory`` is one sublayer that every layer is followed by; ``attention``, ``block`` and
-    ``wiring`` name those parts. ``modality_starts`` are the first token ids of modalities 1, 2, ..., for models whose
-    modalities have vocabularies of their own; ids that are given (``modality_ids``) come first. Parts are named as :mod:`moekit.nn.parts` says.
+    named by ``feed_forward``; ``memory`` is one sublayer that every layer is followed by; ``attention``, ``block``
+    and ``wiring`` name those parts. ``modality_starts`` are the first token ids of modalities 1, 2, ..., for models
+    whose modalities have vocabularies of their own; ids that are given (``modality_ids``) come first. Parts are named
+    as :mod:`moekit.nn.parts` says.
     """
 
     model_type = "moekit"
