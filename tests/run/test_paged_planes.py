@@ -112,9 +112,43 @@ def test_only_planes_that_some_token_wants_are_read(opened, checkpoint):
         assert tier.places([1]) == [tier.levels + level for level in range(tier.levels)]
     else:
         assert tier.places([tier.levels, 2]) == [tier.levels, 0, 1, 2]
-        assert tier.wanted(torch.tensor([[2, -1], [0, tier.levels]])) == [0, tier.levels, 1, 2]
+        assert tier.wanted(torch.tensor([[2, -1], [0, tier.levels]])) == [0, 1, 2, tier.levels]
     assert tier.foreseen([3, 1]) == [3 * tier.levels, tier.levels]
     assert list(tier.scored([0.5, 0.25]))[: tier.levels] == [0.5 / 2**level for level in range(tier.levels)]
+
+
+def test_a_bound_on_planes_narrows_what_serves_the_fewest(opened, checkpoint, resident):
+    model = opened(checkpoint, policy="lru")
+    served = paging(model)
+    tier = served.store.layers[0]
+    if served.blocks[0].experts.rewrite is None:
+        served.planes = 0  # there is one width only, and nothing can be narrower
+        assert torch.equal(steps(model), resident)
+        return
+    levels = tier.levels
+    index = torch.tensor([[2, levels + 1], [2, -1], [1, levels]])
+    assert torch.equal(tier.lowered(index, (), 9), index)
+    assert tier.lowered(index, (), 0).tolist() == [[0, levels], [0, -1], [0, levels]]
+    assert tier.lowered(index, (), 1).tolist() == [[1, levels], [1, -1], [1, levels]]
+    assert tier.lowered(index, {levels + 1}, 2).tolist() == index.tolist()
+    assert tier.chosen(index).tolist() == [[0, 1], [0, -1], [0, 1]]
+    served.planes = 0
+    assert not torch.equal(steps(model), resident)
+    assert all(place % levels == 0 for _, place in served.store.resident())
+    served.planes = 10**6
+    assert torch.equal(steps(model), resident)
+
+
+@pytest.mark.parametrize("name", ["previous-token", "frequency"])
+def test_predictors_hear_of_experts_and_not_of_planes(opened, checkpoint, resident, name):
+    from moekit.profile.trace import record
+    from moekit.run.predict import predictor
+
+    model = opened(checkpoint, policy="lru")
+    served = paging(model)
+    served.predictor = predictor(name, seen=record(LoadedModel.load(checkpoint).model, [IDS[0]]))
+    served.width = 2
+    assert torch.equal(steps(model), resident)
 
 
 def test_narrow_tokens_cost_fewer_bytes(opened, tmp_path):
@@ -150,7 +184,7 @@ def test_every_wanted_plane_is_read_once_and_after_those_below(demand_EL):
 
 def test_the_hottest_head_is_read_first():
     demand_EL = np.array([[1, 5, 0], [3, 0, 2], [0, 0, 0]])
-    assert plane_order(demand_EL) == [(1, 0), (0, 0), (0, 1), (1, 1), (1, 2)]
+    assert plane_order(demand_EL) == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
 
 
 def legal(order):

@@ -17,6 +17,7 @@ class Shelf:
     def __init__(self, name="layer", experts=8, charge=10):
         self.name, self.num_experts = name, experts
         self.charge = self.stored_bytes = [charge] * experts
+        self.unit = charge
         self.kept, self.filled, self.reads = set(), set(), []
         self.fail, self.gate = set(), None
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from moekit.run._tier import used
 from moekit.run.predict import Signal
 
 if TYPE_CHECKING:
@@ -32,13 +33,13 @@ def begin(paging: Paging, ids_BS: Tensor, mask: Tensor | None, new: bool) -> Non
     _fetch(paging, -1)
 
 
-def reached(paging: Paging, layer: int, x_TH: Tensor, index_TK: Tensor, experts: list[int]) -> None:
-    """The call stands before the experts of a layer, whose router read ``x_TH`` and chose ``index_TK``."""
+def reached(paging: Paging, layer: int, x_TH: Tensor, index_TK: Tensor) -> None:
+    """The call stands before the experts of a layer, whose router read ``x_TH``; ``index_TK`` are experts."""
     if paging.predictor is None or not paging.width:
         return
     known = paging.signal
     paging.signal = replace(known, x_TH=x_TH, routing={**known.routing, layer: index_TK.cpu().numpy()})
-    paging.predictor.observe(layer, experts)
+    paging.predictor.observe(layer, used(index_TK, paging.blocks[layer].num_experts))
     _fetch(paging, layer)
 
 

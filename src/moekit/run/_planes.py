@@ -6,9 +6,10 @@ all planes in memory. Shapes by suffix: T tokens, K slots, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from moekit.blocks import MoEBlock
@@ -47,6 +48,8 @@ class PagedPlanes(StoredRows):
             self._runs = [(expert, level) for expert in range(bank.num_experts) for level in levels]
         else:
             self._runs = list(enumerate(top))
+        self._id = {run: number for number, run in enumerate(self._runs)}
+        self._expert = torch.tensor([*(expert for expert, _ in self._runs), -1])
 
     @property
     def unit(self) -> int:
@@ -55,12 +58,40 @@ class PagedPlanes(StoredRows):
 
     def wanted(self, index_TK: Tensor) -> list[int]:
         """In the order that serves the most tokens soonest."""
-        chosen = index_TK.reshape(-1).cpu().numpy()
-        count = np.bincount(chosen[(chosen >= 0) & (chosen < len(self._runs))], minlength=len(self._runs))
+        return [expert * self.levels + level for expert, level in plane_order(self._demand(index_TK))]
+
+    def lowered(self, index_TK: Tensor, there: Collection[int], most: int) -> Tensor:
+        """The routing with slots narrowed so that at most ``most`` levels above bases are not among the places
+        ``there``, those that serve the most tokens first. A slot never runs below the narrowest width of the heads.
+        """
+        ceiling: dict[int, int] = {}
+        for expert, level in plane_order(self._demand(index_TK)):
+            if level and ceiling.get(expert, 0) == level - 1:
+                missing = expert * self.levels + level not in there
+                if missing and most <= 0:
+                    continue
+                most -= missing
+                ceiling[expert] = level
+        table = torch.arange(len(self._runs) + 1)
+        table[-1] = -1
+        for number, (expert, level) in enumerate(self._runs):
+            possible = [low for low in range(level, -1, -1) if (expert, low) in self._id]
+            table[number] = self._id[expert, next((o for o in possible if o <= ceiling.get(expert, 0)), possible[-1])]
+        return table[torch.where(self._known(index_TK), index_TK, len(self._runs))]
+
+    def chosen(self, index_TK: Tensor) -> Tensor:
+        return self._expert[torch.where(self._known(index_TK), index_TK, len(self._runs))]
+
+    def _known(self, index_TK: Tensor) -> Tensor:
+        return (index_TK >= 0) & (index_TK < len(self._runs))
+
+    def _demand(self, index_TK: Tensor) -> np.ndarray:
+        """Int [E, L]: how many slots run each expert at each level."""
+        count = np.bincount(index_TK[self._known(index_TK)].cpu().numpy(), minlength=len(self._runs))
         demand_EL = np.zeros((self.num_experts // self.levels, self.levels), dtype=np.int64)
         for tokens, (expert, level) in zip(count.tolist(), self._runs, strict=True):
             demand_EL[expert, level] += tokens
-        return [expert * self.levels + level for expert, level in plane_order(demand_EL)]
+        return demand_EL
 
     def places(self, experts: Sequence[int]) -> Sequence[int]:
         levels: dict[int, int] = {}

@@ -1,7 +1,7 @@
 """In what order nested bit planes are read, who makes room for them, and how long that takes (modelled).
 
 The order is D2MoE's hottest-expert-bit-first (arXiv 2504.15299): every expert has a queue of its levels, narrow before
-wide, and of all that stand first in a queue the one that most tokens want is read next. Shapes by suffix: E experts,
+wide, and of all that stand first in a queue the one that most tokens need is read next. Shapes by suffix: E experts,
 L levels (0 the base).
 """
 
@@ -21,17 +21,19 @@ from moekit.run.policy import Key
 def plane_order(demand_EL: np.ndarray) -> list[tuple[int, int]]:
     """(expert, level) in the order to read them; ``demand_EL`` tokens run expert e at level l, which needs all below.
 
-    Ties go to the lower expert. Levels above the highest that is wanted are left out.
+    What a level counts for is every token that needs it, those that want more included. Ties go to the lower expert.
+    Levels above the highest that is wanted are left out.
     """
+    need_EL = demand_EL[:, ::-1].cumsum(1)[:, ::-1]
     top = {e: int(np.flatnonzero(row)[-1]) for e, row in enumerate(demand_EL) if row.any()}
-    heads = [(-int(demand_EL[e, 0]), e, 0) for e in top]
+    heads = [(-int(need_EL[e, 0]), e, 0) for e in top]
     heapq.heapify(heads)
     order = []
     while heads:
         _, expert, level = heapq.heappop(heads)
         order.append((expert, level))
         if level < top[expert]:
-            heapq.heappush(heads, (-int(demand_EL[expert, level + 1]), expert, level + 1))
+            heapq.heappush(heads, (-int(need_EL[expert, level + 1]), expert, level + 1))
     return order
 
 

@@ -53,6 +53,10 @@ class Whole:
         """Those to read ahead where a router is expected to choose ``experts``."""
         return experts
 
+    def chosen(self, index_TK: Tensor) -> Tensor:
+        """A routing as kernels have it, by expert."""
+        return index_TK
+
     def scored(self, score_E: Sequence[float]) -> Sequence[float]:
         """A router's scores of experts, by place."""
         return score_E

@@ -23,6 +23,7 @@ from moekit.checkpoint.reader import Reader
 from moekit.errors import BudgetError, OptionError, UnsupportedModelError
 from moekit.kernels import BankExperts, warm_up
 from moekit.run import _ahead
+from moekit.run._planes import PagedPlanes
 from moekit.run._predictors_gate import NextGate
 from moekit.run._room import working_bytes
 from moekit.run._stand_in import Read, StandIns, TwoPools, open_stand_ins
@@ -49,6 +50,8 @@ class Paging:
     as (layer, experts); None where it is not kept. ``tokens``: computed so far. ``signal``: what this forward call has
     told a predictor.
     ``stand_ins``: copies at fewer bits that are used for some missing experts; logits are then no longer exact.
+    ``planes``: of a model stored as nested planes, how many levels above the bases a batch may read at a layer; slots
+    for which that is too few run narrower, which is not exact either. None: all that its heads ask for.
     """
 
     store: ExpertStore
@@ -61,6 +64,7 @@ class Paging:
     tokens: int = 0
     signal: Signal = field(default_factory=Signal)
     stand_ins: StandIns | None = None
+    planes: int | None = None
 
     @property
     def expert_bytes(self) -> int:
@@ -101,11 +105,15 @@ class _Served:
         low_TK: Tensor | None = None
         if stand_ins is not None:
             index_TK, low_TK = stand_ins.split(store, self.layer, index_TK, weight_TK)
+        if paging.planes is not None and isinstance(self.tier, PagedPlanes):
+            there = {place for layer, place in store.resident() if layer == self.layer}
+            index_TK = self.tier.lowered(index_TK, there, paging.planes)
         experts = self.tier.wanted(index_TK)
         if paging.history is not None:
             paging.history.append((self.layer, tuple(experts)))
         store.begin(self.layer, experts, self._scores)
-        _ahead.reached(paging, self.layer, x_TH if self._read is None else self._read, index_TK, experts)
+        read_TH = x_TH if self._read is None else self._read
+        _ahead.reached(paging, self.layer, read_TH, self.tier.chosen(index_TK))
         self._read = self._scores = None
         try:
             with torch.no_grad():
