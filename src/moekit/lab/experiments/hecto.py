@@ -61,6 +61,7 @@ def holds(figures: Mapping[str, Any]) -> bool:
         figures["gru_share"]["order"]["low"] > 0.9
         and rule["mixed - feed-forward"]["low"] > 0
         and rule["mixed - recurrent"]["low"] > -0.02
+        and rule["order to gru - bag to gru"]["low"] > 0
     )
 
 
