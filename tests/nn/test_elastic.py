@@ -163,6 +163,15 @@ def test_saved_and_loaded_a_model_is_whole(tmp_path):
     torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, expected)
 
 
+@pytest.mark.parametrize("ids", [IDS[:1, :1]])
+def test_one_token(ids):
+    lm = model(correction={"rate": 0.1}, balance={"load": 0.01}).train()
+    with restricted(lm, experts=1, k=1, layers=1):
+        assert lm(ids).logits.shape == (*ids.shape, 40)
+        finish_step(lm)
+    assert not lm.model.layers[0].mlp.gate.bias.any()  # one candidate is as loaded as the mean of candidates
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -128,6 +128,17 @@ def test_in_a_model(wiring, tmp_path):
         torch.testing.assert_close(p.grad, plain[name])
 
 
+@pytest.mark.parametrize("wiring", [*KINDS, "chain"])
+def test_in_half_precision_and_on_one_token(wiring):
+    lm = model(wiring, balance={"load": 0.01}).to(torch.bfloat16).train()
+    for ids in (torch.randint(0, 40, (2, 7)), torch.zeros(1, 1, dtype=torch.int64)):
+        logits = lm(ids).logits
+        assert logits.dtype == torch.bfloat16
+        assert logits.shape == (*ids.shape, 40)
+        logits.sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in lm.parameters())
+
+
 def test_mu_and_gamma_learn_where_asked():
     lm = model({"kind": "momentum", "learnt": True, "mu": 0.5, "gamma": 1.5})
     wiring = lm.model.layers[2].wiring

@@ -7,7 +7,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from moekit.errors import OptionError
+from moekit.blocks import blocks
+from moekit.errors import OptionError, UnsupportedModelError
 from moekit.nn import MoekitConfig, MoekitForCausalLM
 
 N = 4
@@ -80,6 +81,13 @@ def test_dense_layers_and_a_last_bank_of_fewer():
     gates = [getattr(layer.mlp, "gate", None) for layer in lm.model.layers]
     assert [gate.num_experts if gate else None for gate in gates] == [2 * N + 1, None, 2 * N + 1, N + 1]
     assert lm(IDS).logits.isfinite().all()
+
+
+def test_views_of_single_layers_are_refused():
+    says = "model.layers.0.mlp.experts and model.layers.1.mlp.experts are one bank of experts"
+    with pytest.raises(UnsupportedModelError, match=says):
+        blocks(model(2))
+    assert len(blocks(model(1))) == 4
 
 
 def test_bad_options():

@@ -101,3 +101,12 @@ def test_bad_options():
         model(masked=1.0)
     with pytest.raises(OptionError, match="experts 'tiny' is not known: choose one of"):
         MoekitForCausalLM(MoekitConfig(**SIZES, experts="tiny"))
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_few_tokens_and_no_slots(tokens):
+    experts = model().model.layers[0].mlp.experts
+    experts.alone = True
+    x = torch.randn(tokens, 8)
+    nothing = torch.full((tokens, 2), 4)
+    assert experts(x, nothing, torch.zeros(tokens, 2)).shape == x.shape

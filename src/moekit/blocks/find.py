@@ -33,12 +33,13 @@ _ROUTER_NAMES = ("gate", "router", "router_gate")
 def blocks(model: nn.Module, *, attention: bool = False) -> list[MoEBlock]:
     """Every MoE feed-forward block of ``model``, in layer order; with ``attention``, its attention experts too.
 
-    Raises :class:`UnsupportedModelError` for a dense model, a family in ``UNSUPPORTED``, or a router that no recipe and
-    no entry of ``deviants`` describes.
+    Raises :class:`UnsupportedModelError` for a dense model, a family in ``UNSUPPORTED``, layers that share their
+    experts, or a router that no recipe and no entry of ``deviants`` describes.
     """
     family = type(model).__module__.split(".")[-2] if "." in type(model).__module__ else ""
     if family in UNSUPPORTED:
         raise UnsupportedModelError(f"{family} is not supported: {UNSUPPORTED[family]}")
+    _check_own(model)
     found = [_block(model, name, layout) for name, layout in _experts(model) if attention or not layout.attention]
     if not found:
         config = getattr(model, "config", None)
@@ -49,6 +50,21 @@ def blocks(model: nn.Module, *, attention: bool = False) -> list[MoEBlock]:
             else f"{type(model).__name__} is a dense model: it has no Mixture-of-Experts block to work on"
         )
     return found
+
+
+def _check_own(model: nn.Module) -> None:
+    """Views edit one layer at a time, which would change other layers where several hold the same experts."""
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        down = getattr(module, "down_proj", None)
+        if isinstance(down, Tensor) and down.dim() == 3:
+            holders.setdefault(id(module), []).append(name)
+    shared = next((names for names in holders.values() if len(names) > 1), None)
+    if shared is not None:
+        raise UnsupportedModelError(
+            f"{shared[0]} and {shared[1]} are one bank of experts: layers that share experts can be trained and run, "
+            "but not looked at or changed one by one"
+        )
 
 
 def _experts(model: nn.Module) -> Iterator[tuple[str, Layout]]:

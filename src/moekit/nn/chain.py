@@ -33,11 +33,11 @@ class Again(MoE):
         self.register_buffer("count_E", torch.zeros_like(owner.count_E), persistent=False)
 
     @property
-    def experts(self) -> nn.Module:  # type: ignore[override]
+    def experts(self) -> nn.Module:
         return self._owner[0].experts
 
     @property
-    def others(self) -> nn.ModuleList:  # type: ignore[override]
+    def others(self) -> nn.ModuleList:
         return self._owner[0].others
 
     @property
