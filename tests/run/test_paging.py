@@ -12,7 +12,10 @@ import torch
 from moekit.checkpoint import Checkpoint
 from moekit.errors import BudgetError, CheckpointError, OptionError
 from moekit.run import answer, load, paging, policies
+from moekit.run._policies import LRU
+from moekit.run._policies_scored import MultiTerm
 from moekit.run.answer import belady, prompt_ids
+from moekit.run.paging import _page_by
 from moekit.stream import LoadedModel
 
 
@@ -67,6 +70,19 @@ def test_the_tokens_are_the_resident_models_at_every_cap(opened, checkpoint, ids
 @pytest.mark.parametrize("name", policies())
 def test_no_policy_changes_the_tokens(opened, checkpoint, ids, expected, name):
     assert torch.equal(greedy(opened(checkpoint, share=0.2, policy=name), ids), expected)
+
+
+def test_an_untuned_model_reads_ahead_where_not_all_fits(opened, checkpoint, ids, expected, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = opened(checkpoint, share=0.25)
+    served = paging(model)
+    assert (type(served.store.policy.inner), served.width) == (LRU, 0)  # all fitted when it was opened
+    _page_by(served, checkpoint, None, None)
+    assert (type(served.store.policy), served.width) == (MultiTerm, served.blocks[0].top_k)
+    assert torch.equal(greedy(model, ids), expected)
+    assert served.store.counters.prefetch_bytes > 0
+    _page_by(served, checkpoint, None, 0)
+    assert (served.width, served.predictor) == (0, None)
 
 
 def test_batches_with_padding(opened, checkpoint):
