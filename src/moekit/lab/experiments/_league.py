@@ -45,6 +45,11 @@ def contestant(key: str = BASE, *, train: Mapping[str, Any] | None = None, **mod
     return Recipe.read(key).with_model(**model).with_options(**(train or {}))
 
 
+def paper(module: str) -> str:
+    """The key of the paper that a module, by its ``__name__``, is about."""
+    return module.rpartition(".")[2].replace("_", "-")
+
+
 def setting(arms: Mapping[str, Recipe]) -> dict[str, Any]:
     """What the figures were got on, for the record."""
     recipe = next(iter(arms.values()))

@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from moekit.contract import Context
 from moekit.lab.experiments import Advance, Outcome
 from moekit.lab.experiments._building import gap, means
-from moekit.lab.experiments._league import BASE, column, contestant, lead, setting, table
+from moekit.lab.experiments._league import BASE, column, contestant, lead, paper, setting, table
 from moekit.lab.experiments._probing import bits, league, probes
 from moekit.nn import MoE
 from moekit.train.recipe import Recipe
 
-KEY, COARSE, FINE, SHARED, SIGMOID, BIAS = "deepseek-moe", "coarse", "fine", "shared", "sigmoid", "bias"
+KEY, COARSE, FINE, SHARED, SIGMOID, BIAS = paper(__name__), "coarse", "fine", "shared", "sigmoid", "bias"
 PARTS = (1, 2, 4)
 LOST = "shared expert lost"
 

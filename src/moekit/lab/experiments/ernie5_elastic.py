@@ -23,12 +23,12 @@ import torch
 
 from moekit.lab.experiments import Advance, Outcome
 from moekit.lab.experiments._building import gap, means
-from moekit.lab.experiments._league import BASE, column, contestant, setting, table
+from moekit.lab.experiments._league import BASE, column, contestant, paper, setting, table
 from moekit.lab.experiments._probing import bits, league, probes
 from moekit.nn.elastic import restricted
 from moekit.train.recipe import Recipe
 
-KEY, ELASTIC, PLAIN = "ernie5-elastic", "elastic", "plain"
+KEY, ELASTIC, PLAIN = paper(__name__), "elastic", "plain"
 SMALLER: dict[str, dict[str, int]] = {
     "2 slots": {"k": 2},
     "1 slot": {"k": 1},
