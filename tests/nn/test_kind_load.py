@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from wholes import leaks, lives, tiny
+from wholes import leaks, lives, tiny, tokens
 
 from moekit.contract import PAD, Context, Routing
 from moekit.errors import OptionError
@@ -100,3 +100,18 @@ def test_lives(tmp_path):
 def test_bad_options(term, message):
     with pytest.raises(OptionError, match=message):
         tiny(balance={"load": {"weight": 1.0, **term}})
+
+
+def test_without_others_and_residuals_it_is_the_plain_model():
+    recipe = {"weigh": {"kind": "scores", "normalise": False}}
+    rich = tiny(router={**recipe, "score": "residual"}, others=["zero", "copy", "constant"])
+    plain = tiny(router=recipe)
+    for ours, theirs in zip(rich.model.layers, plain.model.layers, strict=True):
+        ours.load_state_dict(theirs.state_dict(), strict=False)
+        scorer = ours.mlp.gate.scorer
+        scorer.scorer.weight.data[:4] = theirs.mlp.gate.scorer.weight
+        if scorer.map is not None:
+            torch.nn.init.zeros_(scorer.map.weight)
+        ours.mlp.gate.pool = torch.arange(7) < 4
+    rich.model.embed_tokens.load_state_dict(plain.model.embed_tokens.state_dict())
+    torch.testing.assert_close(rich(tokens()).logits, plain(tokens()).logits)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ SITE = Site(hidden_size=INPUTS, intermediate_size=WIDTH, num_experts=REGIONS, to
 STEP = 0.3
 TREE = {"kind": "tree", "width": STEP}
 SPARSE, BALANCED = {"leaf-entropy": 0.1}, {"load": 0.01}
-SEARCH = {
+SEARCH: dict[str, dict[str, Any]] = {
     "tau": {"kind": "exponential", "start": 1e-3, "end": 1e-7, "until": 0.3},
     "iterations": {"kind": "linear", "start": 20, "end": 40, "until": 0.3},
     "searching": {"kind": "steps", "values": [True, False], "at": [0.3]},
@@ -65,7 +66,7 @@ def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
         spreads.append({arm: float(values.max() - values.min()) for arm, values in left.items()})
         experts.append({arm: sum(one[1] for one in runs) / len(runs) for arm, runs in found.items()})
     shift = [sum(one[gate] - one[gate + "+"] for gate in GATES) / len(GATES) for one in medians]
-    figures = {
+    figures: dict[str, Any] = {
         "median": means(medians),
         "best": means(bests),
         "spread": means(spreads),

@@ -47,7 +47,7 @@ DRAWN = Site(hidden_size=1, intermediate_size=1, num_experts=64, top_k=8)
 
 def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
     """Return imbalance of drawn batches, losses and straggling of trained models, and what converting costs."""
-    selectors = {"top-k": TopK(DRAWN), "grouped": Grouped(DRAWN, groups=DEVICES)}
+    selectors: dict[str, Callable[..., Tensor]] = {"top-k": TopK(DRAWN), "grouped": Grouped(DRAWN, groups=DEVICES)}
     drawn = [{name: imbalance(select, seed) for name, select in selectors.items()} for seed in seeds]
     converted = conversions(seeds)
     arms = {BASE: contestant(), FREE: contestant("moge", router={"select": "top-k"}), MOGE: contestant("moge")}

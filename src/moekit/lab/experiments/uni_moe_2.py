@@ -26,7 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moekit.lab._batches import text_tokens
+from moekit import lab
+from moekit.lab._splits import Split
 from moekit.lab.experiments import Advance, Outcome
 from moekit.lab.experiments._building import means
 from moekit.nn import MoE
@@ -34,7 +35,7 @@ from moekit.train import Batch
 from moekit.train.recipe import Recipe, carry_out
 
 MODALITIES = ("text", "image", "sound")
-STEPS, ROWS, LENGTH, TEST, SHUFFLES, LEVELS, BYTES = 150, 8, 64, 48, 50, 64, 200_000
+STEPS, ROWS, LENGTH, TEST, SHUFFLES, LEVELS, BYTES = 150, 8, 64, 48, 50, 64, 100_000
 SIZES: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 3, "vocab_size": 256 + 2 * LEVELS}
 SPECIAL = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
@@ -139,15 +140,17 @@ def by_kind(value_S: np.ndarray, label_S: np.ndarray) -> dict[str, float]:
 
 
 @cache
-def prose() -> np.ndarray:
-    return np.asarray(text_tokens("prose", "train"))[: 2 * BYTES].astype(np.int64)
+def prose(split: Split) -> np.ndarray:
+    body = lab.text("prose", split, BYTES).encode()
+    return np.frombuffer(body, dtype=np.uint8).astype(np.int64)
 
 
 def sequence(kind: str, draw: np.random.Generator, *, train: bool) -> np.ndarray:
-    """[LENGTH] ids of one modality; text for judging is not from the half for training."""
+    """[LENGTH] ids of one modality; text for judging is from the test split."""
     if kind == "text":
-        start = int(draw.integers(BYTES - LENGTH)) + (0 if train else BYTES)
-        return prose()[start : start + LENGTH]
+        body = prose("train" if train else "test")
+        start = int(draw.integers(len(body) - LENGTH))
+        return body[start : start + LENGTH]
     side = np.arange(8)
     if kind == "image":
         wave = draw.normal(size=(3, 3))

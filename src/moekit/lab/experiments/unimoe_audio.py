@@ -28,7 +28,6 @@ import torch
 
 from moekit import lab
 from moekit.build._specialists import assemble
-from moekit.lab._batches import text_tokens
 from moekit.lab.experiments import Advance, Outcome
 from moekit.lab.experiments._building import gap, means
 from moekit.lab.experiments._league import Use
@@ -116,7 +115,7 @@ def trained(recipe: Recipe, batches: Batches, model: Any = None) -> tuple[Any, l
 
 @cache
 def stream(kind: str) -> np.ndarray:
-    return np.asarray(text_tokens(kind, "train"))[: BYTES[kind]]
+    return np.frombuffer(lab.text(kind, "train", BYTES[kind]).encode(), dtype=np.uint8)
 
 
 def drawn(seed: int, shares: Mapping[str, float]) -> Batches:
