@@ -167,7 +167,7 @@ def test_lives_in_a_model(kind: dict, tmp_path) -> None:
     assert not leaks(model)
     if kind.get("balance"):
         ids = tokens()
-        assert "attention load" in model.train()(ids, labels=ids).losses
+        assert "attention-load" in model.train()(ids, labels=ids).losses
 
 
 @pytest.mark.parametrize("kind", HEADS.values(), ids=HEADS)

@@ -13,6 +13,7 @@ from moekit.nn.flow import begin
 from moekit.nn.granularity import Chunk, Label, Sequence
 from moekit.nn.parts import Site
 from moekit.nn.router import Router
+from moekit.nn.sampling import Sampled
 
 SITE = Site(hidden_size=8, intermediate_size=4, num_experts=4, top_k=2)
 HERE = torch.device("cpu")
@@ -157,3 +158,44 @@ def test_bad_options_are_one_line(make, told: str) -> None:
     with pytest.raises(OptionError) as error:
         make()
     assert str(error.value) == told
+
+
+def test_a_hash_gives_each_word_its_experts_for_good(tmp_path) -> None:
+    model = lives(tmp_path, router={"score": "hash"})
+    gate = model.model.layers[0].mlp.gate
+    ids = torch.arange(40).repeat(2)
+    expert = gate(torch.randn(80, 32), Context(input_ids=ids))[2]
+    assert torch.equal(expert[:40], expert[40:])
+    assert torch.bincount(expert[:40].flatten(), minlength=4).tolist() == [20] * 4
+    assert (expert[:, 0] != expert[:, 1]).all()
+    other = Router(Site(**{**vars(SITE), "vocab_size": 40}), {"score": {"kind": "hash", "seed": 1}})
+    assert not torch.equal(other(torch.randn(40, 8), Context(input_ids=ids[:40]))[2], expert[:40])
+    with pytest.raises(OptionError, match="routing by a hash of the token needs input_ids, not embeddings"):
+        gate(torch.randn(1, 32))
+
+
+def test_some_choices_are_drawn_by_their_scores_while_training(tmp_path) -> None:
+    lives(tmp_path, router={"select": "sampled"})
+    torch.manual_seed(0)
+    part = Sampled(SITE, drawn=1)
+    scores = torch.tensor([[0.1, 0.5, 0.1, 0.3]]).expand(6000, -1)
+    found = part(scores, Context())
+    assert (found[:, 0] == 1).all()
+    share = torch.bincount(found[:, 1], minlength=4) / 6000
+    torch.testing.assert_close(share, torch.tensor([0.2, 0.0, 0.2, 0.6]), atol=0.03, rtol=0)
+    assert torch.equal(part.eval()(scores, Context()), torch.tensor([[1, 3]]).expand(6000, -1))
+    everything = Sampled(SITE, drawn=2)(scores, Context())
+    assert set(everything.flatten().tolist()) == {0, 1, 2, 3}
+    assert (everything[:, 0] != everything[:, 1]).all()
+
+
+def test_what_may_not_be_chosen_is_not_drawn() -> None:
+    part = Sampled(SITE, drawn=1)
+    scores = torch.tensor([[-math.inf, 0.4, -math.inf, -math.inf], [math.nan, 0.0, 0.0, 1.0]])
+    found = part(scores, Context())
+    assert sorted(found[0].tolist()) == [PAD, 1]
+    assert found[1, 0] == 3
+    with pytest.raises(OptionError, match="drawn=3 of k=2 choices: give 0 to 2"):
+        Sampled(SITE, drawn=3)
+    with pytest.raises(OptionError, match="k=9 among 4 experts: give 1 to 4"):
+        Sampled(SITE, k=9)

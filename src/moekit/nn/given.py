@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from ..contract import Context
 from ..errors import OptionError
@@ -45,6 +46,37 @@ class Given(nn.Module):
             raise OptionError(f"{self.label} ids up to {int(label_T.max())} need as many experts, not {self.choices}")
         barred = torch.full((len(x_TH), self.choices), -torch.inf, dtype=x_TH.dtype, device=x_TH.device)
         return barred.scatter(1, label_T[:, None], 0.0)
+
+
+class Hash(nn.Module):
+    """Each word of the vocabulary has ``k`` experts for good, drawn from ``seed``: 0 for them, -inf for the rest.
+
+    Hash layers (Roller et al. 2021): balanced over the vocabulary, nothing is learnt. Raises :class:`OptionError` where
+    the input has no token ids.
+    """
+
+    expert_VK: Tensor  # noqa: N815
+
+    def __init__(self, site: Site, *, seed: int = 0) -> None:
+        super().__init__()
+        self.site, self.seed = site, seed
+        self.register_buffer("expert_VK", self._drawn(), persistent=False)
+
+    def initialise(self, std: float) -> None:
+        init.copy_(self.expert_VK, self._drawn())
+
+    def _drawn(self) -> Tensor:
+        """int64 [V, K]: neighbours in a random order of the experts, from a place that goes round with the word."""
+        generator = torch.Generator().manual_seed(self.seed)
+        words = torch.randperm(max(self.site.vocab_size, 1), generator=generator, device="cpu")
+        order = torch.randperm(self.site.choices, generator=generator, device="cpu")
+        return order[(words[:, None] + torch.arange(self.site.top_k, device="cpu")) % self.site.choices]
+
+    def forward(self, x_TH: Tensor, context: Context) -> Tensor:
+        if context.input_ids is None:
+            raise OptionError("routing by a hash of the token needs input_ids, not embeddings")
+        barred = torch.full((len(x_TH), self.site.choices), -torch.inf, dtype=x_TH.dtype, device=x_TH.device)
+        return barred.scatter(1, self.expert_VK[context.input_ids], 0.0)
 
 
 class Offered(nn.Module):

@@ -16,23 +16,23 @@ from ..errors import OptionError
 from .attention import Attention
 from .balance import balance_term
 from .flow import extended
-from .layer import listen
+from .layer import Weights, listen
 from .parts import Site, Spec
 from .router import Router
 from .seen import Seen
 
 
 class HeadRouter(nn.Module):
-    """A router among heads, and the balance terms that listen to it (named ``attention <name>`` among the losses)."""
+    """A router among heads, and the balance terms that listen to it (named ``<owner>-<name>`` among the losses)."""
 
     def __init__(
         self, site: Site, router: Mapping[str, Spec] | None, balance: Mapping[str, Any] | None, owner: str
     ) -> None:
         super().__init__()
         self.gate = Router(site, router)
-        terms = {f"{owner} {name}": balance_term(name, spec, site) for name, spec in (balance or {}).items()}
+        terms = {f"{owner}-{name}": balance_term(name, spec, site) for name, spec in (balance or {}).items()}
         self.balance = nn.ModuleDict({name: term for name, (_, term) in terms.items()})
-        self.weight_of = {name: weight for name, (weight, _) in terms.items()}
+        self.weight_of = Weights({name: weight for name, (weight, _) in terms.items()})
 
     def forward(self, x_TH: Tensor, context: Context) -> Routing:
         routing = self.gate.routing(self.gate(x_TH, context))

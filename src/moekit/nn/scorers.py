@@ -15,7 +15,7 @@ from transformers import initialization as init
 
 from ..contract import Context
 from .calibrated import Calibrated
-from .given import Given, Offered
+from .given import Given, Hash, Offered
 from .parts import Site
 from .permutation import Permuted
 from .product_keys import ProductKeyScorer
@@ -86,6 +86,7 @@ SCORERS: dict[str, Callable[..., Any]] = {
     "calibrated": Calibrated,
     "task-aware": TaskAware,
     "offered": Offered,
+    "hash": Hash,
     "product-key": ProductKeyScorer,
 }
 """By the name a configuration gives. A scorer is called with (x_TH, context); ``initialise(std)`` sets its own

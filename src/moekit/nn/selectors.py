@@ -19,6 +19,7 @@ from .capacity import Capped
 from .expert_choice import ExpertChoice
 from .parts import Site
 from .ranking import best, ranked
+from .sampling import Sampled
 from .thresholds import Percentile, Support, Threshold
 
 
@@ -81,5 +82,6 @@ SELECTORS: dict[str, Callable[..., Any]] = {
     "support": Support,
     "capped": Capped,
     "expert-choice": ExpertChoice,
+    "sampled": Sampled,
 }
 """By the name a configuration gives; called with (scores_TE, context, bias)."""
