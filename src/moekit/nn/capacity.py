@@ -42,7 +42,8 @@ class Capped(nn.Module):
         if not self.training:
             return expert_TK
         place_TK = arrival(expert_TK, len(self.shares))
-        return expert_TK.masked_fill(place_TK >= self.capacity(int((expert_TK != PAD).sum()))[expert_TK], PAD)
+        most_E = self.capacity(int((expert_TK != PAD).sum())).to(expert_TK.device)
+        return expert_TK.masked_fill(place_TK >= most_E[expert_TK], PAD)
 
     def capacity(self, assignments: int) -> Tensor:
         """int64 [E]: how many of so many assignments each choice takes at most, 1 at least."""
