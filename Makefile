@@ -29,12 +29,14 @@ format: .venv/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Paging needs 30 GB of disk in WORK.
+WORK ?= out/scale
 bench: .venv/.ready
 	$(BIN)/python benchmarks/experts.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/paging.py --work $(WORK)/paging
 
 # Needs 40 GB of disk in WORK.
-WORK ?= out/scale
 scale: .venv/.ready
 	$(BIN)/python benchmarks/scale.py --work $(WORK)
 

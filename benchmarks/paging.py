@@ -6,7 +6,7 @@ Both sides run the same tokens through the same checkpoint, each run in a proces
 control groups can be made the limit is one of those, page cache included; elsewhere it is the resident set, and the
 page cache is emptied before each run. The checkpoint has OLMoE-1B-7B's shapes and random weights whose routers are
 planted: every token belongs to one of a few topics, topics last for a while, and routers prefer other experts for each
-topic, some experts for all. ``benchmarks/paging.json`` holds the last run.
+topic, some experts for all. ``benchmarks/paging.json`` holds the last run, ``paging.png`` its curves.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--sides", default="moekit,accelerate")
     parser.add_argument(
-        "--choices", default="lru:0,lfu:0,arc:0,lru:8,lfu:8", help="moekit's policies, and experts ahead"
+        "--choices", default="lru:0,lru:8,score-aware:8,multi-term:8", help="moekit's policies, and experts ahead"
     )
     parser.add_argument("--seed", type=int, default=1)
     for hidden in ("--side", "--policy"):
@@ -215,6 +215,32 @@ def main() -> None:
         "runs": runs,
     }
     RESULT.write_text(json.dumps(report, indent=1) + "\n")
+    draw(runs, args.layers)
+
+
+def draw(runs: list[dict[str, Any]], layers: int) -> None:
+    """Tokens per second and share of the best hit rate there could be, against the share of experts in memory."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    speed, hits = figure.subplots(1, 2)
+    for name in dict.fromkeys(named(run) for run in runs):
+        own = sorted((run for run in runs if named(run) == name and "failed" not in run), key=lambda run: run["share"])
+        shares = [100 * run["share"] for run in own]
+        speed.plot(shares, [run["tokens_per_second"] for run in own], "o-", label=name, markersize=4)
+        if own and "belady" in own[0]:
+            hits.plot(shares, [run["hit_rate"] / run["belady"] for run in own], "o-", label=name, markersize=4)
+    speed.set(title=f"OLMoE's shapes, {layers} layers", ylabel="tokens per second", yscale="log")
+    hits.set(title="hit rate over Belady's")
+    for side in (speed, hits):
+        side.set(xlabel="experts in memory, %")
+    speed.legend(fontsize=7)
+    figure.savefig(RESULT.with_suffix(".png"), dpi=120)
+
+
+def named(run: dict[str, Any]) -> str:
+    """What a curve is called."""
+    return run["side"] if not run["policy"] else run["policy"] + (f" + {run['ahead']} ahead" if run["ahead"] else "")
 
 
 def measure(args: argparse.Namespace, expert_bytes: int) -> Iterator[dict[str, Any]]:
