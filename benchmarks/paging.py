@@ -224,14 +224,23 @@ def draw(runs: list[dict[str, Any]], layers: int) -> None:
 
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     speed, hits = figure.subplots(1, 2)
-    for name in dict.fromkeys(named(run) for run in runs):
+    for number, name in enumerate(dict.fromkeys(named(run) for run in runs)):
         own = sorted((run for run in runs if named(run) == name and "failed" not in run), key=lambda run: run["share"])
         shares = [100 * run["share"] for run in own]
-        speed.plot(shares, [run["tokens_per_second"] for run in own], "o-", label=name, markersize=4)
+        speed.plot(
+            shares, [run["tokens_per_second"] for run in own], "o-", color=f"C{number}", label=name, markersize=4
+        )
         if own and "belady" in own[0]:
-            hits.plot(shares, [run["hit_rate"] / run["belady"] for run in own], "o-", label=name, markersize=4)
+            hits.plot(
+                shares,
+                [run["hit_rate"] / run["belady"] for run in own],
+                "o-",
+                color=f"C{number}",
+                label=name,
+                markersize=4,
+            )
     speed.set(title=f"OLMoE's shapes, {layers} layers", ylabel="tokens per second", yscale="log")
-    hits.set(title="hit rate over Belady's")
+    hits.set(title="hit rate over Belady's, who reads nothing ahead")
     for side in (speed, hits):
         side.set(xlabel="experts in memory, %")
     speed.legend(fontsize=7)
