@@ -88,7 +88,7 @@ class MoEBlock:
 
     def choose(self, x_TH: Tensor, context: Context | None = None, edit: RouterEdit | None = None) -> Routing:
         """The routing of flat router inputs: score, select, weigh, with an edit applied after each stage."""
-        context = context or Context()
+        context = self.router.entered(x_TH, context or Context())
         return compose(self.router, self.router.score(x_TH, context), context, edit)
 
     def routed(self, x_TH: Tensor, routing: Routing) -> Tensor:

@@ -39,7 +39,10 @@ class ContractRouter(FamilyRouter):
 
     def context(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Context]:
         x_TH, context = (*args, *kwargs.values(), None)[:2]
-        return x_TH, self.module.entered(x_TH, context)
+        return x_TH, self.entered(x_TH, context or Context())
+
+    def entered(self, x_TH: Tensor, context: Context) -> Context:
+        return self.module.entered(x_TH, context)
 
 
 def keeps_contract(module: nn.Module) -> bool:

@@ -150,6 +150,10 @@ class FamilyRouter:
             sequence=sequence, input_ids=None if ids is None else ids.reshape(-1), extra=dict(others)
         )
 
+    def entered(self, x_TH: Tensor, context: Context) -> Context:
+        """The context of one pass through the three stages."""
+        return context
+
     def bias(self, context: Context) -> Tensor | None:
         """The family's own selection bias [C], wherever it lives: on the router, on the block, or passed in."""
         name = self.recipe.bias_name
