@@ -56,7 +56,7 @@ def test_no_expert_takes_more_than_it_may(seed, factor):
 def test_empty_batches_and_unused_slots():
     part = Capped(SITE).train()
     assert part(torch.empty(0, 5), Context()).shape == (0, 2)
-    assert part(torch.full((3, 5), torch.nan), Context()).tolist() == [[PAD, PAD]] * 3
+    assert part(torch.full((3, 5), -torch.inf), Context()).tolist() == [[PAD, PAD]] * 3
 
 
 def test_lives(tmp_path):

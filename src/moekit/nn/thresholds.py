@@ -105,4 +105,5 @@ class Support(nn.Module):
 
     def forward(self, scores_TE: Tensor, context: Context, bias: Tensor | None = None) -> Tensor:
         ranks = ranked(scores_TE, bias)
-        return kept(ranks, (scores_TE > 0) & (ranks > -math.inf))[:, : self.most]
+        positive = (scores_TE > 0) | scores_TE.isnan()  # see ``ranked``
+        return kept(ranks, positive & (ranks > -math.inf))[:, : self.most]
