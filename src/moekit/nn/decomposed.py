@@ -9,12 +9,13 @@ from statistics import NormalDist
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
 from ..contract import Context
 from ..errors import OptionError
-from .flow import carry
+from .flow import carry, recomputed
 
 
 class HalvesRouter(nn.Module):
@@ -45,7 +46,10 @@ class HalvesRouter(nn.Module):
         if not len(wide):
             return wide
         with torch.no_grad():
-            normed = norm(logits_TGN)
+            if self.training and recomputed():  # the same numbers; the running statistics have seen this pass
+                normed = F.batch_norm(logits_TGN, None, None, training=True)
+            else:
+                normed = norm(logits_TGN)
             limit = normed.amax(-1, keepdim=True).clamp(max=self.threshold)
         return wide.masked_fill(normed < limit, -torch.inf).softmax(-1)
 
