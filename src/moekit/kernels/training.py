@@ -113,10 +113,11 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_TH, weight_TK, z_SG, gate_up, down, gate_up_bias, down_bias, pair = ctx.saved_tensors
-        plan = Plan(pair, pair // weight_TK.shape[1], ctx.segments)
+        saved = ctx.saved_tensors  # read once: recomputation (checkpointing) hands them out once
         if ctx.compiled is not None:
-            return _backward(ctx, grads[0])
+            return _backward(ctx, saved, grads[0])
+        x_TH, weight_TK, z_SG, gate_up, down, gate_up_bias, down_bias, pair = saved
+        plan = Plan(pair, pair // weight_TK.shape[1], ctx.segments)
         tiles = Tiles(down)
         wide = tiles.dtype
         x, dout = x_TH.to(wide), grads[0].to(wide)
@@ -154,9 +155,9 @@ class _Experts(torch.autograd.Function):
         return dx, dweight.view_as(weight_TK).to(weight_TK.dtype), None, None, None, *into.tensors
 
 
-def _backward(ctx: Any, dout_TH: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, saved: tuple[Any, ...], dout_TH: Tensor) -> tuple[Tensor | None, ...]:
     """The same in compiled calls, for as many whole experts at a time as fill a window."""
-    x_TH, weight_TK, z_SG, gate_up, down, gate_up_bias, down_bias, pair = ctx.saved_tensors
+    x_TH, weight_TK, z_SG, gate_up, down, gate_up_bias, down_bias, pair = saved
     x, dout = (t.to(torch.float32).contiguous() for t in (x_TH, dout_TH))
     flat, ones = weight_TK.reshape(-1).to(torch.float32), torch.ones(weight_TK.shape)
     dx = torch.zeros(x.shape) if ctx.needs_input_grad[0] else None
