@@ -10,6 +10,7 @@ from commanding import call, make_model, tree
 from safetensors.torch import load_file, save_file
 
 from moekit.measure import Interval  # noqa: F401  (the rooms below load once, here)
+from moekit.systems import records
 
 
 @pytest.fixture
@@ -123,7 +124,8 @@ def test_no_method_and_unknown_names(refused, model, profile, tmp_path):
     refused("inspect", naming="MODEL")
     refused("systems", "easy-epp", naming="easy-ep")
     refused("systems", "--wing", "compres", naming="compress")
-    refused("reproduce", "uni-moe", naming=["uni-moe", "no experiment"])
+    planned = next(row.key for row in records() if row.outcome == "planned")
+    refused("reproduce", planned, naming=[planned, "no experiment"])
     refused("reproduce", "easy-ep", "--seeds", "a,b", naming="--seeds")
     refused("reproduce", "easy-ep", "--seeds", "3", naming="at least 2")
     refused("eval", model, "--task", "arithmetics", naming="arithmetic")

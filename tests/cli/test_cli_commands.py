@@ -29,8 +29,8 @@ def test_every_command_has_help_with_an_example(name):
 
 def test_commands_of_the_issue_are_there():
     asked = "inspect profile plan fit apply compress patterns retrieve recover build compare verify eval systems"
-    asked += " reproduce demo"
-    assert [name for name in COMMANDS if name in asked.split()] == asked.split()
+    asked += " reproduce demo train league export"
+    assert set(asked.split()) <= set(COMMANDS)
     ends = [name for name in COMMANDS if name != "serve"]  # which reports nothing, and answers until it is stopped
     assert all("--json" in call(name, "--help")[1] for name in ends)
 

@@ -152,9 +152,9 @@ def test_a_probe_is_kept_and_the_figures_with_it(monkeypatch):
 
     def trained(recipe, after_step=None):
         calls.append(recipe)
-        return tiny(), {"course": {}}
+        return recipe.build().eval(), {"course": {}}
 
-    monkeypatch.setattr(_probing, "trained", trained)
+    monkeypatch.setattr(_league, "trained", trained)
     recipe = momentum_smoe.arms()["base"]
     found = _probing.probed(recipe, 5, "name", lambda model, seed: {"figure": float(seed)})
     again = _probing.probed(recipe, 5, "name", lambda model, seed: {"figure": 0.0})

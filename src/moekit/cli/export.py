@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from moekit.cli import _show
-from moekit.cli._options import OutputDir, Overwrite
+from moekit.cli._options import Json, OutputDir, Overwrite
 from moekit.cli._work import check_output
 
 
@@ -14,6 +14,7 @@ def export(
     output: OutputDir,
     *,
     overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Write a model that moekit trained as a checkpoint of the stock family that computes the same.
 
@@ -32,4 +33,8 @@ def export(
     if checkpoint.model_type != "moekit":
         raise UnsupportedModelError(f"{model} is a stock {checkpoint.model_type} checkpoint already")
     written = carry_out(checkpoint.path, output, overwrite=overwrite)
-    _show.table((str(written), ""), [("family", Checkpoint.open(str(written)).model_type)])
+    family = Checkpoint.open(str(written)).model_type
+    if as_json:
+        _show.emit({"output": str(written), "family": family})
+        return
+    _show.table((str(written), ""), [("family", family)])
