@@ -18,6 +18,9 @@ from typing import Any, NoReturn, Self
 from moekit.parallel._errors import ParallelError
 
 
+STOPPED = "these ranks were stopped when an earlier question failed: start new ones"
+
+
 class LocalRanks:
     """``size`` gloo processes with ``threads`` threads each, as a context manager.
 
@@ -46,9 +49,13 @@ class LocalRanks:
         Raises ParallelError with the trace of the first rank that failed, died or did not answer.
         """
         if not all(process.is_alive() for process in self.processes):
-            raise ParallelError("these ranks were stopped when an earlier question failed: start new ones")
+            raise ParallelError(STOPPED)
         for pipe in self.pipes:
-            pipe.send((function, args))
+            try:
+                pipe.send((function, args))
+            except OSError:  # it was still dying when it was looked at
+                self.close()
+                raise ParallelError(STOPPED) from None
         answers: dict[int, Any] = {}
         until = time.monotonic() + self.patience
         while len(answers) < len(self.pipes):
