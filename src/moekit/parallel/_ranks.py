@@ -17,7 +17,6 @@ from typing import Any, NoReturn, Self
 
 from moekit.parallel._errors import ParallelError
 
-
 STOPPED = "these ranks were stopped when an earlier question failed: start new ones"
 
 

@@ -73,7 +73,7 @@ def nursery(control: Channel) -> None:
 
 
 def _live(role: str, fd: int) -> None:
-    torch.set_num_threads(1)  # torch remakes its pool after a fork, and two threads that ask for it at once may get none
+    torch.set_num_threads(1)  # torch remakes its pool after a fork; two threads that ask at once may get none
     try:
         with contextlib.suppress(ScalingError):
             ROLES[role](Channel(socket.socket(fileno=fd), seconds=None))
