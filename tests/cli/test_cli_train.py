@@ -5,6 +5,9 @@ import json
 import pytest
 from commanding import call
 
+from moekit.lab import league
+from moekit.lab.experiments._league import DOMAINS
+
 RECIPE = """
 [model]
 vocab_size = 264
@@ -88,3 +91,28 @@ def test_bad_recipes_are_one_line(text, tmp_path):
     assert err.count("\n") <= 3
     assert "there is no recipe" in err
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_steps_and_seed_replace_the_recipes(recipe, text, tmp_path):
+    given = ("--text", text, "--steps", 1, "--seed", 3, "--tokenizer", "moekit:mini")
+    assert call("train", recipe(), *given, "--output", tmp_path / "out")[0] == 0
+    told = json.loads((tmp_path / "out" / "recipe.json").read_text())["train"]
+    assert (told["steps"], told["seed"]) == (1, 3)
+    code, out, _ = call("export", tmp_path / "out", "--output", tmp_path / "stock", "--json")
+    assert code == 0
+    assert json.loads(out)["family"] == "qwen3_moe"
+
+
+def test_league_writes_its_document(tmp_path, monkeypatch):
+    told = {"bits_per_byte": 2.0, "bits": dict.fromkeys(DOMAINS, 2.0), "total": 10, "active": 5, "max_violation": 0.1}
+    told |= {"specialisation": 0.2, "processor_seconds": 1.0}
+    better = told | {"bits_per_byte": 1.5}
+    monkeypatch.setattr(league, "play", lambda recipe, seed: better if "wiring" in recipe.model else told)
+    code, out, err = call("league", "--with", "momentum-smoe", "--output", tmp_path / "table.md", "--json")
+    assert code == 0, err
+    assert [row["recipe"] for row in json.loads(out)] == ["momentum-smoe", "base"]
+    page = (tmp_path / "table.md").read_text()
+    assert "moekit league --with momentum-smoe --seeds 11,12,13" in page
+    assert (tmp_path / "table.png").is_file()
+    for wrong in (("--output", tmp_path / "table.txt"), ("--with", "nothing"), ("--seeds", "3")):
+        assert call("league", *wrong)[0] == 2

@@ -75,6 +75,17 @@ def test_top_p_is_the_smallest_set_that_reaches_p(p, tokens, seed):
         assert torch.allclose(row[chosen].sort(descending=True).values, best[: len(chosen)])
 
 
+def test_top_p_of_sigmoids_is_a_share_of_their_sum():
+    made = router(select={"kind": "top-p", "p": 0.6}, activation="sigmoid", weigh="ones")
+    x = torch.randn(30, 6)
+    found = route(made, x)
+    scores = (x @ made.scorer.weight.T).sigmoid()
+    reached = scores.masked_fill(~torch.zeros(30, 9, dtype=bool).scatter(1, found.expert + 1, True)[:, 1:], 0).sum(1)
+    assert (reached >= 0.6 * scores.sum(1) - 1e-6).all()
+    last = scores.gather(1, found.expert.clamp(min=0)).masked_fill(~found.used, torch.inf).amin(1)
+    assert (reached - last < 0.6 * scores.sum(1)).all()
+
+
 def test_grouped_takes_as_many_from_every_group():
     site = Site(hidden_size=6, intermediate_size=4, num_experts=8, top_k=4)
     found = route(router(site, select={"kind": "grouped", "groups": 4}), torch.randn(30, 6))

@@ -1,9 +1,8 @@
 """The rules of the experiments on training apart: each condition can fail."""
 
-import copy
-
 import pytest
 
+from figures import changed
 from moekit.lab.experiments import btm, spes, streaming_diloco
 from moekit.lab.experiments._outer_training import DOMAINS, Work, draws
 
@@ -16,15 +15,6 @@ def by_seed(**losses):
         {name.replace("_", " "): loss + noise * (1 + i / 7) for i, (name, loss) in enumerate(losses.items())}
         for noise in SEEDS
     ]
-
-
-def changed(figures, path, value):
-    made = copy.deepcopy(figures)
-    at = made
-    for key in path[:-1]:
-        at = at[key]
-    at[path[-1]] = value
-    return made
 
 
 def test_streaming_must_reach_quality_bytes_and_overlap():

@@ -6,24 +6,12 @@ import sys
 
 import torch
 from safetensors.torch import load_file
+from training import TINY_RECIPE
 
-RECIPE = """
-[model]
-vocab_size = 40
-pad_token_id = 0
-hidden_size = 16
-num_hidden_layers = 2
-num_attention_heads = 2
-num_experts = 4
-num_experts_per_tok = 2
-moe_intermediate_size = 8
-correction = {rate = 0.01}
-[model.balance]
-load = {weight = 0.01, scope = "global"}
-[train]
+RECIPE = f"""{TINY_RECIPE}
 steps = 3
-batch = 4
-length = 12
+[model.balance]
+load = {{weight = 0.01, scope = "global"}}
 """
 PROGRAM = """
 import sys

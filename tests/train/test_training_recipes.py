@@ -4,9 +4,11 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from training import TINY_RECIPE
 
 from moekit.errors import OptionError, OutputError
 from moekit.nn.parts import make
@@ -15,27 +17,13 @@ from moekit.train import TrainOptions
 from moekit.train.recipe import Recipe, carry_out, recipes
 from moekit.train.trained import METRICS, sharded, train_to
 
-TINY = """
-[model]
-vocab_size = 40
-pad_token_id = 0
-hidden_size = 16
-num_hidden_layers = 2
-num_attention_heads = 2
-num_experts = 4
-num_experts_per_tok = 2
-moe_intermediate_size = 8
-correction = {rate = 0.01}
-
-[train]
+TINY = f"""{TINY_RECIPE}
 steps = 6
-batch = 4
-length = 12
 accumulate = 2
 
 [[schedule]]
 set = "*.mlp.gate.selector.k"
-course = {kind = "steps", values = [4, 2], at = [0.5]}
+course = {{kind = "steps", values = [4, 2], at = [0.5]}}
 """
 
 
@@ -254,6 +242,16 @@ def test_every_recipe_of_the_package_can_be_built():
     for key in recipes():
         model = Recipe.read(key).with_model(hidden_size=16, head_dim=8).build()
         assert sum(p.numel() for p in model.parameters()) > 0, key
+
+
+def test_the_recipe_in_the_documentation_trains(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "building.md").read_text()
+    (tmp_path / "shown.toml").write_text(page.partition("```toml\n")[2].partition("```")[0])
+    shown = Recipe.read(tmp_path / "shown.toml")
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "moe_intermediate_size": 8, "head_dim": 8}
+    record = train_to(shown.with_model(**small).with_options(steps=4), batches, tmp_path / "out")
+    assert len(record.losses) == 4
+    assert set(record.parts) == {"cross_entropy", "load", "z", "max_violation"}
 
 
 def test_options_round_trip():

@@ -15,6 +15,22 @@ SIZES = {
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "norm_topk_prob": True}
 
+TINY_RECIPE = """
+[model]
+vocab_size = 40
+pad_token_id = 0
+hidden_size = 16
+num_hidden_layers = 2
+num_attention_heads = 2
+num_experts = 4
+num_experts_per_tok = 2
+moe_intermediate_size = 8
+correction = {rate = 0.01}
+[train]
+batch = 4
+length = 12
+"""
+
 
 def strong(model):
     """Weights of the feed-forward layers large enough to matter to the logits."""

@@ -37,9 +37,9 @@ class TopK(nn.Module):
 
 
 class TopP(nn.Module):
-    """The smallest set whose scores reach ``p``, one choice at least and ``most`` at most.
+    """The smallest set whose scores reach a share ``p`` of their sum, one choice at least and ``most`` at most.
 
-    Harder Tasks Need More Experts (top-p-route): t = min{m : sum of the m highest >= p}. Scores must sum to 1.
+    Harder Tasks Need More Experts: t = min{m : sum of the m highest >= p}, where the sum is 1 as of a softmax.
     """
 
     def __init__(self, site: Site, *, p: float = 0.4, most: int | None = None) -> None:
@@ -52,7 +52,8 @@ class TopP(nn.Module):
         expert = best(ranked(scores_TE, bias), self.most)
         mass = scores_TE.gather(1, expert.clamp(min=0)).masked_fill(expert == PAD, 0)
         before = mass.cumsum(1) - mass
-        expert = expert.masked_fill((before >= self.p) & (before > 0), PAD)
+        enough = self.p * scores_TE.clamp(min=0).sum(1, keepdim=True)
+        expert = expert.masked_fill((before >= enough) & (before > 0), PAD)
         used = int((expert != PAD).sum(1).max()) if len(expert) else 1
         return expert[:, : max(used, 1)]
 
