@@ -1,5 +1,6 @@
 """`moekit run` says what the resident model says, under a cap, and what it took."""
 
+import importlib
 import io
 import json
 
@@ -47,6 +48,18 @@ def test_bad_input(refused):
     refused("run", "moekit:mini", "x", "--policy", "best", naming="unknown cache policy 'best'")
     refused("run", "moekit:mini", "x", "--chat", naming="no chat template")
     refused("run", "moekit:dense", "x", naming="dense model")
+    refused("run", "moekit:mini", "x", "--device-memory", "1GB", naming="name it with --device cuda")
+    refused("run", "moekit:mini", "x", "--device", "tpu", naming="unknown device 'tpu'")
+
+
+def test_a_device_of_its_own_is_explained_apart(monkeypatch):
+    opening = importlib.import_module("moekit.run.paging")
+    monkeypatch.setattr(opening, "pick_device", lambda name: torch.device("cpu:0"))  # stands for the device
+    monkeypatch.setattr(opening.Away, "room", lambda away, working: 10**6)
+    code, out, err = call("run", "moekit:mini", "x = 1", "--new-tokens", 6, "--explain", "--device", "cuda")
+    assert (code, out) == (0, resident("x = 1", 6) + "\n")
+    assert "read from memory" in err
+    assert "read from disk" in err
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moekit.cli import _show
-from moekit.cli._options import Json, Model
+from moekit.cli._options import Device, Json, Model
 from moekit.errors import OptionError
 
 if TYPE_CHECKING:
     from moekit.run._predictors_patterns import Retrieval
     from moekit.run._stand_in import Divergence, StandIns
     from moekit.run.answer import Cost
+    from moekit.run.store import Counters
 
 MEMORY_HELP = "Cap on this process's peak memory, such as 4GB (10^9 bytes). Default: all experts in memory."
 Memory = Annotated[str | None, typer.Option("--memory", metavar="SIZE", help=MEMORY_HELP)]
@@ -29,6 +30,12 @@ Policy = Annotated[
 Ahead = Annotated[
     int | None,
     typer.Option("--ahead", metavar="N", min=0, help="Experts of the next layer to read while one computes."),
+]
+DeviceMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--device-memory", metavar="SIZE", help="With --device cuda: cap on what tensors take there. Default: all free."
+    ),
 ]
 StandIn = Annotated[
     str | None,
@@ -56,6 +63,8 @@ def run(
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is the user's turn of the chat template.")] = False,
     policy: Policy = None,
     ahead: Ahead = None,
+    device: Device = "cpu",
+    device_memory: DeviceMemory = None,
     stand_in: StandIn = None,
     read: Read = None,
     patterns: Annotated[
@@ -82,12 +91,12 @@ def run(
     from moekit.run.answer import answer, prompt_ids
     from moekit.run.paging import load, paging
 
-    copies = stand_ins_of(stand_in, read)
+    copies, placed = stand_ins_of(stand_in, read), placed_on(device, device_memory)
     checkpoint = Checkpoint.open(model)
     tokenizer = checkpoint.tokenizer()
     ids = prompt_ids(tokenizer, sys.stdin.read() if prompt == "-" else prompt, chat)
     context = ids.shape[1] + new_tokens
-    opened = load(checkpoint, memory, context=context, policy=policy, ahead=ahead, **copies)
+    opened = load(checkpoint, memory, context=context, policy=policy, ahead=ahead, **placed, **copies)
     retrieval = None if patterns is None else _kept(opened, checkpoint.fingerprint, patterns)
     made, cost = answer(
         opened, ids, new_tokens, tokenizer=tokenizer, say=None if as_json else _say, temperature=temperature, seed=seed
@@ -133,6 +142,13 @@ def stand_ins_of(stand_in: str | None, read: str | None) -> dict[str, Any]:
     return {"stand_in": stand_in, "read": rule(read or "hobbit")}
 
 
+def placed_on(device: str, device_memory: str | None) -> dict[str, Any]:
+    """The arguments of ``moekit.load`` that the options say. OptionError for a cap on no device."""
+    if device == "cpu" and device_memory is not None:
+        raise OptionError("--device-memory caps what a device holds: name it with --device cuda")
+    return {"device": device, "device_memory": device_memory}
+
+
 def _divergence(model: Any, used: "StandIns", ids: Any, made: Any) -> "Divergence":
     import torch
 
@@ -176,21 +192,25 @@ def _say(text: str) -> None:
 def explained(cost: "Cost") -> list[tuple[str, str]]:
     """What an answer took, a line each."""
     counters, gigabytes = cost.counters, _show.gigabytes
-    read = counters.demand_bytes + counters.prefetch_bytes
     share = f", {counters.hit_rate / cost.bound:.2f} of Belady's {cost.bound:.3f}" if cost.bound else ""
     tokens = cost.prompt_tokens + cost.new_tokens - 1
-    each = read / tokens
-    rate = read / counters.read_seconds if counters.read_seconds else 0.0
-    return [
+    source = "disk" if cost.disk is None else "memory"
+    lines = [
         ("prompt", f"{cost.prompt_tokens} tokens, first new one after {cost.first:.2f} s"),
         ("speed", f"{cost.tokens_per_second:.2f} tokens/s for the {cost.new_tokens - 1} after it"),
         ("experts in memory", f"{cost.experts} of {cost.all_experts}"),
         ("hit rate", f"{counters.hit_rate:.3f}{share}"),
-        (
-            "read from disk",
-            f"{gigabytes(read)}, {gigabytes(each)} a token, {gigabytes(rate)}/s in each thread",
-        ),
+        (f"read from {source}", _rate(counters, tokens)),
         ("read ahead in vain", gigabytes(counters.useless_bytes)),
         ("stalled", f"{counters.stall_seconds:.2f} s, {1000 * counters.stall_seconds / tokens:.1f} ms a token"),
         ("peak memory", gigabytes(cost.peak)),
     ]
+    return lines if cost.disk is None else [*lines, ("read from disk", _rate(cost.disk, tokens))]
+
+
+def _rate(counters: "Counters", tokens: int) -> str:
+    """What was read, in all, for each token and in each second."""
+    read = counters.demand_bytes + counters.prefetch_bytes
+    rate = read / counters.read_seconds if counters.read_seconds else 0.0
+    gigabytes = _show.gigabytes
+    return f"{gigabytes(read)}, {gigabytes(read / tokens)} a token, {gigabytes(rate)}/s in each thread"

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from moekit.cli._options import Model
-from moekit.cli.run import Ahead, Memory, Policy, Read, StandIn, stand_ins_of
+from moekit.cli._options import Device, Model
+from moekit.cli.run import Ahead, DeviceMemory, Memory, Policy, Read, StandIn, placed_on, stand_ins_of
 from moekit.errors import OptionError
 
 
@@ -23,6 +23,8 @@ def serve(
     ] = 16,
     policy: Policy = None,
     ahead: Ahead = None,
+    device: Device = "cpu",
+    device_memory: DeviceMemory = None,
     stand_in: StandIn = None,
     read: Read = None,
 ) -> None:
@@ -46,10 +48,10 @@ def serve(
     from moekit.run import load
     from moekit.run.desk import Desk
 
-    copies = stand_ins_of(stand_in, read)
+    copies, placed = stand_ins_of(stand_in, read), placed_on(device, device_memory)
     checkpoint = Checkpoint.open(model)
     tokenizer = checkpoint.tokenizer()
-    opened = load(checkpoint, memory, context=context, policy=policy, ahead=ahead, **copies)
+    opened = load(checkpoint, memory, context=context, policy=policy, ahead=ahead, **placed, **copies)
     desk = Desk(opened, tokenizer, waiting)
     if copies:
         sys.stderr.write("moekit: stand-ins are used for missing experts, so answers are not the exact model's\n")

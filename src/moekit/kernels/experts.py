@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,13 +44,18 @@ def needs_gradients(layer: Layer, x_TH: Tensor, weight_TK: Tensor) -> bool:
 
 
 class ArrivingExperts:
-    """The plain experts of one module, whose weights come while they are computed. No backward."""
+    """The plain experts of one module, whose weights come while they are computed. No backward.
 
-    def __init__(self, module: Any) -> None:
-        self._products = PlainProducts(Layer.of_module(module))
+    ``apart``: the up (with gate) and down matrices by expert, oriented as :class:`Layer` has them, where they do not
+    come to the module's own places.
+    """
+
+    def __init__(self, module: Any, apart: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None) -> None:
+        self._products = PlainProducts(Layer.of_module(module), apart)
 
     def __call__(self, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor, arrivals: Arrivals) -> Tensor:
-        """[T, H]: bit for bit what :func:`experts_forward` returns without gradients when all weights are there."""
+        """[T, H]: bit for bit what :func:`experts_forward` returns without gradients when all weights are there (to
+        float accuracy where they lie apart)."""
         return forward(self._products, x_TH, index_TK, weight_TK, arrivals=arrivals)
 
 

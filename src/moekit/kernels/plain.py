@@ -5,6 +5,8 @@ Shapes by suffix: M rows of one expert, H hidden size, I intermediate size, G = 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,30 +19,37 @@ TURN_FROM, TURN_TO = 12, 128
 
 
 class PlainProducts:
-    """Both products of every expert of a dense :class:`Layer`."""
+    """Both products of every expert of a dense :class:`Layer`.
 
-    def __init__(self, layer: Layer) -> None:
+    ``apart``: by expert, its matrices [G, H] and [H, I] where they lie, for experts that are not stacked; of the
+    layer's own only dtype and shape are read then.
+    """
+
+    def __init__(self, layer: Layer, apart: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None) -> None:
         self.layer = layer
+        self._up: Sequence[Tensor] | Tensor
+        self._down: Sequence[Tensor] | Tensor
+        self._up, self._down = apart or (layer.gate_up, layer.down)
         self.num_experts, self.activation, self.finish = layer.num_experts, layer.activation, layer.finish
-        self.fused = fused.of_layer(layer)
+        self.fused = None if apart else fused.of_layer(layer)
         self._tiles = Tiles(layer.down)
 
     def dtype(self, x_TH: Tensor) -> torch.dtype:
         return self._tiles.dtype
 
     def up(self, expert: int, x_MH: Tensor) -> Tensor:
-        return self._tiles.linear(x_MH, self.layer.gate_up[expert], _of(self.layer.gate_up_bias, expert))
+        return self._tiles.linear(x_MH, self._up[expert], _of(self.layer.gate_up_bias, expert))
 
     def down(self, expert: int, h_MI: Tensor) -> Tensor:
-        return self._tiles.linear(h_MI, self.layer.down[expert], _of(self.layer.down_bias, expert))
+        return self._tiles.linear(h_MI, self._down[expert], _of(self.layer.down_bias, expert))
 
     def rows(self, expert: int, x_MH: Tensor) -> Tensor:
         if not self._turns(x_MH.shape[0]):
             return self.down(expert, self.activation(self.up(expert, x_MH)))
         layer, turned = self.layer, self._tiles.turned
-        z_GM = turned(x_MH.t(), layer.gate_up[expert], _of(layer.gate_up_bias, expert))
+        z_GM = turned(x_MH.t(), self._up[expert], _of(layer.gate_up_bias, expert))
         h_IM = self.activation(z_GM.t()).t()
-        return turned(h_IM, layer.down[expert], _of(layer.down_bias, expert)).t().contiguous()
+        return turned(h_IM, self._down[expert], _of(layer.down_bias, expert)).t().contiguous()
 
     def path(self, rows: int) -> str:
         """How the products of an expert with so many rows are computed."""

@@ -6,7 +6,8 @@ The parts, from the files up:
   each a `_tier`; `_tiers` picks which. `store` has the one budget, the one policy and the threads that read.
 - `policy` (`_policies*`) says who makes room, `predict` (`_predictors*`) what comes next. Both are pure: `replay`
   drives them with a trace, `_ahead` while a model runs. `schedule` and `_weighted_bound` are on paper only.
-- `paging` opens a model (`_room`: what must stay free for a forward pass); `_stand_in` and `rules` read less than all.
+- `paging` opens a model (`_room`: what must stay free for a forward pass; `_device`: experts computed elsewhere than in
+  memory); `_stand_in` and `rules` read less than all.
 - `answer` asks it once, `desk` keeps who asks in line, `server` is the desk over HTTP. `tune` measures how to page,
   `defaults` keeps the choice, `weigh` says how large a model may be.
 - `_scaling*` are experts served by processes that come and go, `_adapters*` experts that replace others for some

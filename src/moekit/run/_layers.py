@@ -37,7 +37,8 @@ class PagedExperts(Whole):
     """The stacked weights of one experts module, in the layout its family has in memory.
 
     The module's own parameters stay on the meta device, so that whoever reads them past the store fails loudly.
-    ``run`` computes with them; ``charge`` is the most memory each expert takes, ``stored_bytes`` what is read for it.
+    ``weights`` are its places, by name [E, ...], and ``run`` computes with them; ``charge`` is the most memory each
+    expert takes, ``stored_bytes`` what is read for it.
 
     Raises:
         UnsupportedModelError: experts that do not lie stacked behind transformers' shared contract.
@@ -57,7 +58,7 @@ class PagedExperts(Whole):
             tensor = self._pages[name].tensor(weight.shape[1:], weight.dtype)
             shell._parameters[name] = nn.Parameter(tensor, requires_grad=False)
         self.run: Callable[[Tensor, Tensor, Tensor, Arrivals], Tensor] = ArrivingExperts(shell)
-        self._weights = {name: shell._parameters[name].data for name in self._pages}
+        self.weights = {name: shell._parameters[name].data for name in self._pages}
         self.charge: Sequence[int] = [charge(block)] * self.num_experts
         self._copies = self._as_they_are()
         self.stored_bytes: Sequence[int] = [self._bytes_on_disk()] * self.num_experts
@@ -77,13 +78,13 @@ class PagedExperts(Whole):
                 view = self._pages[piece.part].view(expert, piece.low, piece.high)
                 self._reader.read_into(view, piece.name, piece.start)
             return
-        dtype = next(iter(self._weights.values())).dtype
+        dtype = next(iter(self.weights.values())).dtype
         activation = self._layout.activation()
         bank = read_bank(self._reader, self._checkpoint.scheme, self._layer, activation, [expert], dtype)
         layout: Any = self._layout
         for name, value in layout.oriented(bank).items():
-            if name in self._weights:
-                self._weights[name][expert].copy_(value[0])
+            if name in self.weights:
+                self.weights[name][expert].copy_(value[0])
 
     def _bytes_on_disk(self) -> int:
         """Of one expert (the mean, where they differ)."""
@@ -104,7 +105,7 @@ class PagedExperts(Whole):
         half = tensor.part in ("gate", "up") and layout.gated
         low, high = {"gate": (0, row // 2), "up": (row // 2, row)}[tensor.part] if half else (0, row)
         size = info.nbytes * tensor.rows // info.shape[0] if tensor.expert is None else info.nbytes
-        plain = set(tensor.stored.tensors) == {"weight"} and info.dtype == self._weights[name].dtype
+        plain = set(tensor.stored.tensors) == {"weight"} and info.dtype == self.weights[name].dtype
         turned = tensor.transposed != layout.transposed
         mixed = name != "down_proj" and tensor.interleaved != layout.interleaved
         apart = half and (layout.transposed or layout.interleaved)

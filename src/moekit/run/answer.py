@@ -27,7 +27,7 @@ class Cost:
 
     ``first``: until the first new token; ``rest``: all others. ``bound``: hit rate of Belady's choice of victims on the
     same requests in a cache of the same number of experts, started empty; None where requests were not recorded.
-    ``experts`` of ``all_experts`` fit in memory.
+    ``experts`` of ``all_experts`` fit in memory. ``disk``: of the store below, where ``counters`` are of a device's.
     """
 
     prompt_tokens: int
@@ -39,6 +39,7 @@ class Cost:
     all_experts: int
     bound: float | None
     peak: int
+    disk: Counters | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -47,7 +48,7 @@ class Cost:
 
     @property
     def bytes_per_token(self) -> float:
-        """Read from the slow tier, for each token that was computed."""
+        """Read from the slower tier, for each token that was computed."""
         read = self.counters.demand_bytes + self.counters.prefetch_bytes
         return read / max(self.prompt_tokens + self.new_tokens - 1, 1)
 
@@ -68,7 +69,7 @@ class _Asked(StoppingCriteria):
         self.stop = stop
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-        return torch.full((input_ids.shape[0],), self.stop(), dtype=torch.bool)
+        return torch.full((input_ids.shape[0],), self.stop(), dtype=torch.bool, device=input_ids.device)
 
 
 class _Clock(BaseStreamer):
@@ -143,6 +144,9 @@ def answer(
     """
     served, clock = paging(model), _Clock(tokenizer, say)
     served.store.counters, kept = Counters(), served.history
+    if served.below is not None:
+        served.below.counters = Counters()
+    ids = ids.to(model.device)
     served.history = []
     torch.manual_seed(seed)
     how: dict[str, Any] = {"do_sample": False}
@@ -174,8 +178,9 @@ def answer(
         all_experts=sum(layer.num_experts for layer in served.store.layers),
         bound=belady(served, requests),
         peak=peak_rss(),
+        disk=None if served.below is None else served.below.counters,
     )
-    return made[0, ids.shape[1] :], cost
+    return made[0, ids.shape[1] :].cpu(), cost
 
 
 def fitting(served: Paging) -> int:

@@ -23,17 +23,19 @@ from moekit.checkpoint.reader import Reader
 from moekit.errors import BudgetError, OptionError, UnsupportedModelError
 from moekit.kernels import BankExperts, warm_up
 from moekit.run import _ahead
+from moekit.run._device import Away
 from moekit.run._planes import PagedPlanes
 from moekit.run._predictors_gate import NextGate
 from moekit.run._room import working_bytes
 from moekit.run._stand_in import Read, StandIns, TwoPools, open_stand_ins
+from moekit.run._tier import Tier
 from moekit.run._tiers import Paged, largest, paged, paged_parameters
 from moekit.run.defaults import remembered, usual
 from moekit.run.policy import CachePolicy
 from moekit.run.policy import policy as named
 from moekit.run.predict import Predictor, Signal
 from moekit.run.store import ExpertStore
-from moekit.stream import Cap, LoadedModel, cap
+from moekit.stream import Cap, LoadedModel, cap, pick_device
 
 NAME = "moekit-paged"
 THREADS = 4
@@ -52,6 +54,7 @@ class Paging:
     ``stand_ins``: copies at fewer bits that are used for some missing experts; logits are then no longer exact.
     ``planes``: of a model stored as nested planes, how many levels above the bases a batch may read at a layer; slots
     for which that is too few run narrower, which is not exact either. None: all that its heads ask for.
+    ``below``: what reads from disk where ``store`` copies to another device; None where it reads itself.
     """
 
     store: ExpertStore
@@ -65,6 +68,7 @@ class Paging:
     signal: Signal = field(default_factory=Signal)
     stand_ins: StandIns | None = None
     planes: int | None = None
+    below: ExpertStore | None = None
 
     @property
     def expert_bytes(self) -> int:
@@ -74,6 +78,8 @@ class Paging:
     def close(self) -> None:
         """Stop reading ahead and give all memory of experts back; the model cannot be run any more."""
         self.store.close()
+        if self.below is not None:
+            self.below.close()
 
 
 class _Served:
@@ -134,6 +140,8 @@ def load(
     context: int = DEFAULT_CONTEXT,
     dtype: torch.dtype | None = None,
     threads: int = THREADS,
+    device: str = "cpu",
+    device_memory: int | float | str | None = None,
     stand_in: str | os.PathLike[str] | Checkpoint | None = None,
     read: Read | None = None,
 ) -> PreTrainedModel:
@@ -149,6 +157,9 @@ def load(
         context: tokens, prompt and answer together, of all sequences of a batch, that memory is set aside for.
         dtype: of the weights in memory; the checkpoint's own if None.
         threads: how many experts are read at the same time.
+        device: where to compute: "cpu", or "cuda" with everything but experts and the hot ones there. ``memory`` is
+            then for experts that are kept ready to be copied. "auto": cuda where there is one.
+        device_memory: cap on what tensors take there; what is free if None.
         stand_in: the same model's experts packed by moekit in fewer bits, used for missing experts where ``read`` says
             so: (experts [T, K], weights [T, K]) -> 2 as it is, 1 packed, 0 left out, by expert. Logits are then not
             exact; nothing is read ahead, so that they follow from the tokens alone.
@@ -163,7 +174,10 @@ def load(
         raise OptionError("context and threads must be at least 1, and ahead at least 0")
     if (stand_in is None) != (read is None) or (stand_in is not None and ahead):
         raise OptionError("stand-ins need a checkpoint (stand_in) and a rule (read), and nothing read ahead (ahead=0)")
-    limit = cap(memory)
+    limit, where = cap(memory), pick_device(device)
+    away = None if where == torch.device("cpu") else Away(where, device_memory)
+    if away is not None and stand_in is not None:
+        raise OptionError("stand-ins are packed, and packed experts are computed on the CPU: leave device out")
     first = policy if isinstance(policy, CachePolicy) else named(policy or "lru", checkpoint.fingerprint)
 
     warm_up(dtype or checkpoint.scheme.dtype)
@@ -171,21 +185,25 @@ def load(
     def beside(model: PreTrainedModel) -> int:
         return max(map(largest, blocks(model))) + working_bytes(model, checkpoint, context)
 
-    model = LoadedModel.load(checkpoint, dtype=dtype, absent=_expert_keys, beside=beside, max_ram=limit).model
+    held = limit if away is None else None
+    model = LoadedModel.load(
+        checkpoint, dtype=dtype, device=where, absent=_expert_keys, beside=beside, max_ram=held
+    ).model
     found, reader = blocks(model), Reader(checkpoint.path, checkpoint.tensors, direct=True)
-    layers = [paged(checkpoint, reader, _layer(checkpoint, block), block) for block in found]
+    layers: Sequence[Tier] = [paged(checkpoint, reader, _layer(checkpoint, block), block) for block in found]
     stand_ins: StandIns | None = None
     if stand_in is not None and read is not None:
         stand_ins = StandIns(open_stand_ins(stand_in, checkpoint, found, model.dtype), read)
         layers = [*layers, *stand_ins.tiers]
-    smallest, working = max(layer.unit for layer in layers), working_bytes(model, checkpoint, context)
-    store = ExpertStore(layers, smallest, first, threads)
-    paging = Paging(store, found, context=context, stand_ins=stand_ins)
+    working = working_bytes(model, checkpoint, context)
+    room = _room(limit, working) if away is None else away.room(working)
+    below = None if away is None else away.below(layers, limit.room(), threads)
+    if away is not None and below is not None:
+        layers, threads = away.tiers(below, found), 1
+    store = ExpertStore(layers, max(layer.unit for layer in layers), first, threads)
+    paging = Paging(store, found, context=context, stand_ins=stand_ins, below=below)
     _install(model, paging)
-    limit.require(working, "a context")
-    room = limit.room()
-    budget = paging.expert_bytes if room is None else room + paging.store.held_bytes - working
-    paging.store.resize(min(budget, paging.expert_bytes))
+    store.resize(paging.expert_bytes if room is None else min(room, paging.expert_bytes))
     _page_by(paging, checkpoint, None if policy is None else first, ahead)
     model.__dict__["_moekit_paging"] = paging
     return model
@@ -196,6 +214,13 @@ def paging(model: PreTrainedModel) -> Paging:
     if "_moekit_paging" not in model.__dict__:
         raise OptionError(f"the experts of this {type(model).__name__} are not paged: open it with moekit.load")
     return model.__dict__["_moekit_paging"]
+
+
+def _room(limit: Cap, working: int) -> int | None:
+    """What is left for experts. Raises :class:`BudgetError` where a context does not fit."""
+    limit.require(working, "a context")
+    room = limit.room()
+    return None if room is None else room - working
 
 
 def _page_by(paging: Paging, checkpoint: Checkpoint, policy: CachePolicy | None, ahead: int | None) -> None:
