@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moekit.errors import OptionError
+from moekit.run._policies import Priority
 from moekit.run._policies_scored import first_share
 from moekit.run.policy import policy
 
@@ -125,6 +126,33 @@ def test_multi_term_is_its_formula():
     assert weighed.priorities([(1, 2)])[0] == pytest.approx(0.1 * 1 / 2 + 0.2 * 1 / 2 + 0.3 * 0 / 2 + 0.4)
     weighed.reset()
     assert weighed.priorities([(0, 0)])[0] == weighed.priorities([(0, 3)])[0]
+
+
+requests = st.tuples(st.integers(0, 2), st.sets(st.integers(0, 5), min_size=1, max_size=3), st.sampled_from("rrrnb"))
+
+
+@given(st.lists(requests, max_size=40), st.integers(3, 9))
+@settings(deadline=None)
+def test_one_ranking_per_request_finds_the_victims_that_ranking_each_time_finds(asked, room):
+    weighed, resident = policy("multi-term"), dict[tuple[int, int], None]()
+    for layer, experts, what in asked:
+        if what == "n":
+            weighed.reset()
+        keys = [(layer, expert) for expert in sorted(experts)]
+        if what != "b":  # else read ahead: asked for victims without being routed
+            weighed.routed(layer, sorted(experts), None)
+        for key in keys:
+            if key in resident:
+                continue
+            if len(resident) == room:
+                victim = weighed.victim(resident, set(keys), key)
+                assert victim == Priority.victim(weighed, resident, set(keys), key)
+                if victim is None:
+                    continue
+                del resident[victim]
+                weighed.evicted(victim)
+            resident[key] = None
+            weighed.admitted(key)
 
 
 def test_first_share_counts_what_comes_before():

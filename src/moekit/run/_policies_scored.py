@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+import heapq
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -101,38 +102,54 @@ class MultiTerm(Priority):
     nearness: float = 0.25
     high: float = 0.6
     _last: dict[Key, int] = field(default_factory=dict, init=False)
-    _uses: Counter[Key] = field(default_factory=Counter, init=False)
-    _weighty: Counter[Key] = field(default_factory=Counter, init=False)
+    _terms: defaultdict[Key, float] = field(default_factory=lambda: defaultdict(float), init=False)
     _steps: int = field(default=1, init=False)
     _layer: int = field(default=-1, init=False)
     _layers: int = field(default=1, init=False)
+    _there: set[Key] = field(default_factory=set, init=False)
+    _ranked: list[tuple[float, Key]] | None = field(default=None, init=False)
 
     def reset(self) -> None:
-        self._last, self._uses, self._weighty, self._steps = {}, Counter(), Counter(), 1
-        self._layer = -1
+        self._last, self._terms, self._steps = {}, defaultdict(float), 1
+        self._layer, self._ranked = -1, None
 
     def routed(self, layer: int, experts: Sequence[int], scores: Sequence[float] | None) -> None:
         if layer <= self._layer:
             self._steps += 1
-        self._layer, self._layers = layer, max(self._layers, layer + 1)
+        self._layer, self._layers, self._ranked = layer, max(self._layers, layer + 1), None
         for expert in experts:
+            later = self._steps - self._last.get((layer, expert), 0)
             self._last[layer, expert] = self._steps
-            self._uses[layer, expert] += 1
+            self._terms[layer, expert] += self.recency * later + self.frequency
         for expert in first_share(experts, scores, self.high):
-            self._weighty[layer, expert] += 1
+            self._terms[layer, expert] += self.weighty
+
+    def admitted(self, key: Key) -> None:
+        self._there.add(key)
+        if self._ranked is not None:
+            heapq.heappush(self._ranked, (self.priorities([key])[0], key))
+
+    def evicted(self, key: Key) -> None:
+        self._there.discard(key)
+
+    def victim(self, resident: Collection[Key], pinned: Collection[Key], incoming: Key) -> Key | None:
+        """As its base has it; but priorities change with requests alone, so one ranking serves all victims of one."""
+        if self._ranked is None:
+            keys = list(self._there)
+            self._ranked = list(zip(self.priorities(keys), keys, strict=True))
+            heapq.heapify(self._ranked)
+        passed = list[tuple[float, Key]]()
+        while self._ranked and (self._ranked[0][1] not in resident or self._ranked[0][1] in pinned):
+            passed.append(heapq.heappop(self._ranked))
+        found = self._ranked[0][1] if self._ranked else None
+        for entry in passed:
+            heapq.heappush(self._ranked, entry)
+        return found
 
     def priorities(self, keys: list[Key]) -> list[float]:
         near = [self.nearness * (1 - ((i - self._layer) % self._layers) / self._layers) for i in range(self._layers)]
-        return [
-            near[key[0] % self._layers]
-            + (
-                self.recency * self._last.get(key, 0)
-                + self.frequency * self._uses.get(key, 0)
-                + self.weighty * self._weighty.get(key, 0)
-            )
-            / self._steps
-            for key in keys
-        ]
+        terms, steps, layers = self._terms, self._steps, self._layers
+        return [near[key[0] % layers] + (terms[key] / steps if key in terms else 0.0) for key in keys]
 
 
 def first_share(experts: Sequence[int], scores: Sequence[float] | None, share: float) -> list[int]:
