@@ -80,7 +80,7 @@ def _head(*columns: str) -> list[str]:
 
 def main() -> None:
     """Measure, and fill in the page that is named."""
-    path, machine = Path(sys.argv[1]), f"{platform.machine()}, {os.cpu_count()} cores shared with other work"
+    path, machine = Path(sys.argv[1]), f"{platform.machine()}, {os.cpu_count()} cores"
     path.write_text(filled(path.read_text("utf-8"), CostModel.fit(), time.strftime("%Y-%m-%d"), machine), "utf-8")
 
 
