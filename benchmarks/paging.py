@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,8 @@ def decode(model: Any, ids: torch.Tensor, prompt: int) -> float:
         return time.perf_counter() - started
 
 
-def paged(folder: Path, limit: int, ids: torch.Tensor, policy: str, ahead: int) -> dict[str, Any]:
-    """One run of moekit's side."""
+def paged(folder: Path, limit: int, ids: torch.Tensor, policy: str, ahead: int, seed: int) -> dict[str, Any]:
+    """One run of moekit's side, begun with no expert in memory; then other tokens, with what is there by then."""
     from moekit.profile import TraceRecorder
     from moekit.run import load, paging
     from moekit.run._tier import Counters
@@ -96,11 +97,13 @@ def paged(folder: Path, limit: int, ids: torch.Tensor, policy: str, ahead: int) 
     served.store.clear(served.store.policy)
     served.history, served.store.counters = [], Counters()
     seconds = decode(model, ids, PROMPT)
-    counters, tier = served.store.counters, served.store.layers[0]
+    counters, requests, tier = replace(served.store.counters), list(served.history), served.store.layers[0]
+    again = decode(model, tokens(ids.shape[1], 50304, seed + 1), PROMPT)
     found = {
         "seconds": seconds,
+        "warm_tokens_per_second": (ids.shape[1] - PROMPT) / again,
         "hit_rate": counters.hit_rate,
-        "belady": belady(served, served.history),
+        "belady": belady(served, requests),
         "experts": fitting(served),
         "read_bytes": counters.demand_bytes + counters.prefetch_bytes,
         "stall": counters.stall_seconds,
@@ -160,7 +163,7 @@ def child(args: argparse.Namespace) -> None:
     ids = tokens(PROMPT + args.tokens, 50304, args.seed)
     folder = args.work / "planted"
     if args.side == "moekit":
-        found = paged(folder, args.limit, ids, args.policy, args.ahead)
+        found = paged(folder, args.limit, ids, args.policy, args.ahead, args.seed)
     else:
         found = offloaded(folder, args.limit, ids, args.work / "spill")
     print(json.dumps(found | {"peak_gb": peak_rss() / 1e9, "tokens_per_second": args.tokens / found["seconds"]}))

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moekit.run._pages import Pages, page_charge
+from moekit.run._pages import HUGE, Pages, page_charge
 
 PAGE = mmap.PAGESIZE
 
@@ -48,6 +48,23 @@ def test_rows_keep_their_bytes_whatever_happens_to_their_neighbours(sizes, steps
             del kept[row]
         parts = {r: pages.part(r, 0, (sizes[r],), torch.uint8) for r in kept}
         assert all(bool((parts[r] == value).all()) for r, value in kept.items())
+
+
+@pytest.mark.parametrize("size", [HUGE, 3 * HUGE, HUGE + HUGE // 2, 2 * HUGE + PAGE, 4 * HUGE + 5000])
+def test_huge_pages_hold_nothing_of_a_neighbour(size):
+    pages, before = Pages([size] * 12), resident()
+    for row in range(12):
+        pages.keep(row)
+        pages.part(row, 0, (size,), torch.uint8).fill_(row + 1)
+        if row % 2:
+            pages.drop(row)
+    assert resident() - before < 6 * page_charge(size) + (1 << 20)
+    tensor = pages.tensor((size,), torch.uint8)
+    assert [int(tensor[row].min()) for row in range(0, 12, 2)] == [int(tensor[row].max()) for row in range(0, 12, 2)]
+    assert [int(tensor[row].max()) for row in range(0, 12, 2)] == [1, 3, 5, 7, 9, 11]
+    for row in range(0, 12, 2):
+        pages.drop(row)
+    assert resident() - before < 3 << 19
 
 
 def test_a_dropped_row_of_whole_pages_reads_as_zero():
