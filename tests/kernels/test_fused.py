@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from expert_modules import Flags, batch, make
+from transformers.activations import ACT2FN
 
+from moekit.bank import SILU_MUL
 from moekit.contract import PAD
 from moekit.formats import DenseBank, PackedBank
 from moekit.kernels import _drive, _team, fused
-from moekit.kernels._layer import Layer
+from moekit.kernels._layer import Layer, activation_of
 from moekit.kernels.integers import IntegerProducts
 from moekit.kernels.integers import unfit as unfit_bank
 from moekit.kernels.plain import PlainProducts
@@ -230,3 +232,12 @@ def test_float64_inputs_keep_their_precision():
     wide = Layer(*(t.double() for t in layer_weights(layer)), layer.activation)
     got = _drive.forward(IntegerProducts(bank), x, index, weights)
     close(got, reference(wide, x, index, weights), 1e-6)
+
+
+@pytest.mark.parametrize("act", [ACT2FN["silu"], ACT2FN["swish"]])
+def test_silu_is_known_by_all_its_names(act):
+    module = make()
+    module.act_fn = act
+    assert activation_of(module) is SILU_MUL
+    module.act_fn = ACT2FN["gelu"]
+    assert activation_of(module) is not SILU_MUL

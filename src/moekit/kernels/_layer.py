@@ -75,9 +75,16 @@ def activation_of(module: Any) -> Activation:
     if not module.has_gate:
         return Activation(type(act).__name__, in_its_dtype(act), gated=False)
     default = type(module)._apply_gate.__name__ == "_default_apply_gate"
-    if default and module.is_concatenated and (type(act) is nn.SiLU or act is F.silu):
+    if default and module.is_concatenated and _is_silu(act):
         return SILU_MUL
     return Activation(f"{type(module).__name__}._apply_gate", in_its_dtype(act, module._apply_gate))
+
+
+def _is_silu(act: Any) -> bool:
+    """Whether a module or function is SiLU, by any of the names transformers has for it."""
+    from transformers.activations import SiLUActivation
+
+    return act is F.silu or type(act) in (nn.SiLU, SiLUActivation)
 
 
 def in_its_dtype(owner: Any, function: Callable[[Tensor], Tensor] | None = None) -> Callable[[Tensor], Tensor]:
