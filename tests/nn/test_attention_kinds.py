@@ -130,6 +130,14 @@ def test_selected_heads_equal_attention_over_their_own_tokens_alone() -> None:
     torch.testing.assert_close(called(module, x)[0], expected)
 
 
+def test_selected_heads_that_take_every_token_are_plain_attention() -> None:
+    every = {"select": {"kind": "expert-choice", "share": 1.0}, "weigh": "ones"}
+    module, plain = made(SelectedHeads, k=4, router=every), made(Attention)
+    plain.load_state_dict(module.state_dict(), strict=False)
+    x = torch.randn(2, 6, 16)
+    torch.testing.assert_close(called(module, x), called(plain, x), rtol=1e-5, atol=1e-6)
+
+
 def test_stick_weights_equal_their_definition() -> None:
     score = torch.randn(2, 3, 5, 5)
     weight = stick_weights(score, seen(None, 5, 5, score.device))

@@ -66,6 +66,14 @@ def test_every_pass_has_a_router_of_its_own_unless_told_otherwise():
     torch.testing.assert_close(wiring(hidden, norm, sublayer, context()), x)
 
 
+def test_what_routers_have_in_common_passes_have_too():
+    chained = model(wiring={"kind": "chain", "passes": 3}, router={"score": {"kind": "recurrent", "width": 5}})
+    scorers = [layer.gate.scorer for layer in chained.modules() if isinstance(layer, MoE)]
+    assert len(scorers) == 2 * 3
+    assert len({id(scorer.cell) for scorer in scorers}) == 1
+    assert len({id(scorer.weight) for scorer in scorers}) == 2 * 3
+
+
 def test_experts_are_the_parameters_of_one_module():
     plain, chained = model(), model(wiring={"kind": "chain", "passes": 3})
     routers = 2 * 2 * 4 * H

@@ -16,6 +16,7 @@ from moekit.nn.layer import MoE
 from moekit.nn.parts import Site
 from moekit.nn.router import Router
 from moekit.nn.seen import Seen
+from moekit.train.recipe import Recipe
 from moekit.nn.slices import cut, joined
 
 ALL = {"weigh": "ones", "select": {"kind": "top-k", "k": 4}}
@@ -87,6 +88,24 @@ def test_a_recurrent_expert_reads_its_own_tokens_in_order() -> None:
         torch.testing.assert_close(together[start:end], layer(x[start:end]))
     assert layer(x[:0], torch.zeros(0)) is None
     assert not torch.allclose(layer(x)[1], layer(x[1:])[0])
+
+
+@pytest.mark.parametrize("router", [None, {"granularity": {"kind": "sequence", "pool": "prefix"}}])
+def test_padding_leaves_no_trace_in_what_is_read_in_order(router) -> None:
+    model = tiny(others=[{"kind": "gru", "width": 6}], router=router)
+    ids = torch.randint(0, 40, (1, 6), generator=torch.Generator().manual_seed(1))
+    padded, mask = torch.cat((torch.full((1, 3), 7), ids), dim=1), torch.tensor([[0] * 3 + [1] * 6])
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        out = model(padded, attention_mask=mask, position_ids=places)
+        torch.testing.assert_close(out.logits[:, 3:], model(ids).logits, rtol=1e-4, atol=1e-4)
+        assert any(int(load[-1]) > 3 for load in out.expert_load)  # it was chosen by tokens too
+
+
+def test_the_two_kinds_of_expert_in_the_hecto_recipe_are_of_one_size() -> None:
+    layer = Recipe.read("hecto").build().model.layers[0].mlp
+    stacked, recurrent = (sum(p.numel() for p in part.parameters()) for part in (layer.experts, layer.others[0]))
+    assert recurrent == pytest.approx(stacked, rel=0.01)
 
 
 @pytest.mark.parametrize(("kind", "told"), [("wide", "an expert"), ("gru", "a recurrent expert")])

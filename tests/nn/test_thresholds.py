@@ -65,6 +65,21 @@ def test_outside_training_the_mean_of_earlier_batches_decides():
     assert float(part.threshold) == pytest.approx(wanted)
 
 
+def test_padding_has_no_say_in_the_percentile_of_a_batch():
+    scores = probabilities(np.random.default_rng(5).normal(size=(8, E))).float()
+    padded = torch.cat((torch.eye(E)[:4], scores))
+    padding = torch.arange(12) < 4
+    alone, beside = (Percentile(SITE, share=0.5, scope="batch").train() for _ in range(2))
+    expected = sets(alone(scores, Context()))
+    assert sets(beside(padded, Context(padding=padding)))[4:] == expected
+    assert float(beside.threshold) == float(alone.threshold)
+    nothing = Percentile(SITE, share=0.5, scope="batch").train()
+    assert sets(nothing(scores, Context(padding=torch.ones(8, dtype=torch.bool)))) == [
+        {int(e)} for e in scores.argmax(1)
+    ]
+    assert nothing.threshold.isnan()
+
+
 @pytest.mark.parametrize("scope", ["token", "batch"])
 def test_edges_of_percentiles(scope):
     part = Percentile(SITE, share=0.9, scope=scope).train()

@@ -21,13 +21,13 @@ class Again(MoE):
     """A further pass over the experts of ``owner``: a router, balance terms and a bias of its own, no experts.
 
     The experts are looked up at every call, so that whatever takes their place is used here too, and they stay
-    parameters of one module only.
+    parameters of one module only. What routers of several layers have in common (``site``) this pass has too.
     """
 
-    def __init__(self, owner: MoE) -> None:
+    def __init__(self, owner: MoE, site: Site) -> None:
         nn.Module.__init__(self)
         self._owner = (owner,)  # in a tuple, a module is not registered as a part of this one
-        self.gate = deepcopy(owner.gate)
+        self.gate = deepcopy(owner.gate, {id(module): module for module in site.common.values()})
         self.balance, self.weight_of = deepcopy(owner.balance), owner.weight_of
         self.correction = deepcopy(owner.correction)
         self.register_buffer("count_E", torch.zeros_like(owner.count_E), persistent=False)
@@ -73,7 +73,7 @@ class Chain(nn.Module):
         if not isinstance(sublayer, MoE):
             raise OptionError(f"a chain runs over an MoE layer, and this sublayer is a {type(sublayer).__name__}")
         self.passes, self.inner, self.outer = passes, inner, outer
-        self.later = nn.ModuleList([Again(sublayer) for _ in range(passes - 1)] if own_routers else [])
+        self.later = nn.ModuleList([Again(sublayer, site) for _ in range(passes - 1)] if own_routers else [])
 
     def forward(self, hidden_BSH: Tensor, norm: nn.Module, sublayer: nn.Module, context: Context) -> Tensor:
         x_BSH = norm(hidden_BSH)

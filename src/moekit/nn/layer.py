@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..contract import Context, Routing
 from .balance import Seen
 from .correction import Correction
-from .flow import begin, carry, recomputed
+from .flow import begin, carry, real, recomputed
 from .router import Router
 
 
@@ -77,8 +77,11 @@ class MoE(nn.Module):
         expert = torch.where(own, routing.expert, count)
         y_TH = self.experts(x_TH, expert, routing.weight * own)
         for number, other in enumerate(self.others, start=count):
-            token, slot = torch.where(routing.expert == number)
             sequence = context.sequence if getattr(other, "ordered", False) else None
+            mine = routing.expert == number
+            if sequence is not None:
+                mine = mine & real(x_TH, context)[:, None]  # padding must leave no trace in what is read in order
+            token, slot = torch.where(mine)
             rows = other(x_TH[token]) if sequence is None else other(x_TH[token], sequence[token])
             if rows is not None:
                 y_TH = y_TH.index_add(0, token, (rows * routing.weight[token, slot, None]).to(y_TH.dtype))

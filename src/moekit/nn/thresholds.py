@@ -13,7 +13,7 @@ from transformers import initialization as init
 
 from ..contract import Context
 from ..errors import OptionError
-from .flow import recomputed
+from .flow import real, recomputed
 from .parts import Site
 from .ranking import kept, ranked
 
@@ -26,7 +26,7 @@ class Percentile(nn.Module):
     DynaMoE leaves open whose scores are ranked. ``scope``: each "token" its own, which uses about ``(1 - share) E``
     everywhere, ties apart; or those of the whole "batch" together, where tokens that are sure use fewer. A percentile
     of a batch tells tokens about later ones: outside training the mean of earlier batches' (weight ``pace`` for the
-    last) stands for it, so that a text can be gone on with.
+    last) stands for it, so that a text can be gone on with. Padding has no say in it.
     """
 
     threshold: Tensor
@@ -50,13 +50,14 @@ class Percentile(nn.Module):
         ranks = ranked(scores_TE, bias)
         if not len(ranks):
             return kept(ranks, ranks > 0)
-        least = self._of_batch(ranks) if self.scope == "batch" else percentile(ranks, self.share)
+        least = self._of_batch(ranks, context) if self.scope == "batch" else percentile(ranks, self.share)
         return kept(ranks, (ranks >= least).scatter(1, ranks.argmax(1, keepdim=True), True))
 
-    def _of_batch(self, ranks_TE: Tensor) -> Tensor:
+    def _of_batch(self, ranks_TE: Tensor, context: Context) -> Tensor:
         if not self.training and not bool(self.threshold.isnan()):
             return self.threshold.to(ranks_TE.dtype)
-        now = percentile(ranks_TE[ranks_TE > -math.inf][None], self.share)[0, 0]
+        counted_TE = (ranks_TE > -math.inf) & real(ranks_TE, context)[:, None]
+        now = percentile(ranks_TE[counted_TE][None], self.share)[0, 0]
         if self.training and not recomputed() and bool(now.isfinite()):
             before = torch.where(self.threshold.isnan(), now, self.threshold)
             self.threshold.copy_(before + self.pace * (now - before))
