@@ -138,6 +138,12 @@ def test_selected_heads_that_take_every_token_are_plain_attention() -> None:
     torch.testing.assert_close(called(module, x), called(plain, x), rtol=1e-5, atol=1e-6)
 
 
+def test_selected_heads_refuse_scaled_positions() -> None:
+    scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    with pytest.raises(OptionError, match="selected heads count their own places, and know no rope_type 'linear'"):
+        tiny(attention=HEADS["selected"], rope_parameters=scaled)
+
+
 def test_stick_weights_equal_their_definition() -> None:
     score = torch.randn(2, 3, 5, 5)
     weight = stick_weights(score, seen(None, 5, 5, score.device))

@@ -16,8 +16,8 @@ from moekit.nn.layer import MoE
 from moekit.nn.parts import Site
 from moekit.nn.router import Router
 from moekit.nn.seen import Seen
-from moekit.train.recipe import Recipe
 from moekit.nn.slices import cut, joined
+from moekit.train.recipe import Recipe
 
 ALL = {"weigh": "ones", "select": {"kind": "top-k", "k": 4}}
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..contract import Context
+from ..errors import OptionError
 from .attention import WEIGHTINGS, Attention, eager, rotated
 from .heads import HeadRouter, site_of_heads
 from .stick_breaking import seen
@@ -23,6 +24,9 @@ class SelectedHeads(Attention):
     positions counted anew, and the rest get nothing from it. The gate multiplies what a head adds (the router's
     ``weigh`` "ones" leaves it out). Computed on whole rows under a mask: exact, and no faster than all heads. What a
     token's neighbours chose is needed to go on, so no key-value cache.
+
+    Raises:
+        OptionError: positions that are scaled for longer texts, which places counted anew are not.
     """
 
     cached = False
@@ -41,7 +45,10 @@ class SelectedHeads(Attention):
         self.num_heads = config.num_attention_heads
         self.router = HeadRouter(site_of_heads(config, layer, self.num_heads, k), router, balance, "attention")
         self.groups, self.num_key_value_groups = self.num_key_value_groups, 1
-        self.theta = (config.rope_parameters or {}).get("rope_theta", 10000.0)
+        rotary = config.rope_parameters or {}
+        if rotary.get("rope_type", "default") != "default":
+            raise OptionError(f"selected heads count their own places, and know no rope_type {rotary['rope_type']!r}")
+        self.theta = rotary.get("rope_theta", 10000.0)
 
     def forward(
         self,
