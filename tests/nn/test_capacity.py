@@ -53,6 +53,27 @@ def test_no_expert_takes_more_than_it_may(seed, factor):
     assert bool((torch.bincount(kept[kept != PAD], minlength=5) <= part.capacity(34)).all())
 
 
+def test_padding_takes_no_room():
+    part, scores = Capped(SITE, factor=1.0).train(), torch.tensor([[0.5, 0.3, 0.2, 0, 0]]).expand(10, 5)
+    padding = torch.arange(10) < 5
+    kept = part(scores, Context(padding=padding))
+    assert bool((kept[:5] == PAD).all())
+    assert kept[5:7].tolist() == [[0, 1]] * 2  # 10 assignments among 5 experts
+
+
+def test_the_load_loss_is_that_of_what_was_wanted():
+    """A full expert does not look any fuller than it may be to whoever sees what is left."""
+    ids, terms = tokens(), {}
+    for factor in (0.3, 100.0):
+        model = tiny(
+            router={"select": {"kind": "capped", "factor": factor}}, balance={"load": 1.0}, num_hidden_layers=1
+        )
+        out = model.train()(ids, labels=ids)
+        terms[factor] = out.losses["load"].item(), int(out.expert_load[0].sum())
+    assert terms[0.3][0] == pytest.approx(terms[100.0][0])
+    assert terms[0.3][1] < terms[100.0][1] == 48
+
+
 def test_empty_batches_and_unused_slots():
     part = Capped(SITE).train()
     assert part(torch.empty(0, 5), Context()).shape == (0, 2)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from wholes import tiny, tokens
 
 from moekit.contract import Context, Routing
 from moekit.errors import OptionError
@@ -12,6 +13,7 @@ from moekit.nn import (
     Experts,
     FeedForward,
     MoE,
+    MoekitForCausalLM,
     Router,
     Seen,
     Site,
@@ -115,6 +117,30 @@ def test_padding_counts_nowhere():
     logits, expert = torch.randn(9, E), torch.randint(0, E, (9, 2))
     padding = torch.tensor([False] * 6 + [True] * 3)
     assert torch.allclose(term(seen(logits, expert, padding=padding)), term(seen(logits[:6], expert[:6])))
+
+
+def test_padding_moves_no_bias_and_is_no_load():
+    made = layer(correction=Correction(rate=0.1)).train()
+    x = torch.cat((torch.randn(6, 8), torch.ones(30, 8)))
+    context = begin(1, 36, x.device, padding=torch.arange(36) >= 6)
+    made(x, context)
+    alone = layer(correction=Correction(rate=0.1)).train()
+    short = begin(1, 6, x.device)
+    alone(x[:6], short)
+    assert torch.equal(carry(context).load[0], carry(short).load[0])
+    finish_step(made)
+    finish_step(alone)
+    assert torch.equal(made.gate.bias, alone.gate.bias)
+
+
+def test_the_bias_stays_in_float32_in_half_precision(tmp_path):
+    model = tiny(correction={"rate": 0.001})
+    model.model.layers[0].mlp.gate.bias += 0.2501
+    model.save_pretrained(tmp_path)
+    half = MoekitForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.model.layers[0].mlp.gate.scorer.weight.dtype == torch.bfloat16
+    assert torch.equal(half.model.layers[0].mlp.gate.bias, model.model.layers[0].mlp.gate.bias)
+    assert half(tokens()).logits.isfinite().all()
 
 
 def test_the_accumulated_scope_counts_all_micro_batches_and_forgets_after_the_step():

@@ -113,6 +113,19 @@ def test_half_precision_keeps_scores_in_float32():
     assert made.scores(logits, Context()).dtype == torch.float32
 
 
+def test_a_frozen_scorer_is_no_parameter_and_stays_as_drawn_whatever_trains():
+    made = router(score={"kind": "linear", "bias": True, "frozen": True})
+    assert not list(made.parameters())
+    made.requires_grad_(True)  # as a loop does that trains everything
+    assert not made.scorer.weight.requires_grad
+    assert bool((made.scorer.weight != 0).any())
+    assert set(made.state_dict()) == {"scorer.weight", "scorer.bias"}
+    plain = router()
+    plain.scorer.weight.data.copy_(made.scorer.weight)
+    x = torch.randn(5, 6)
+    assert torch.equal(made(x)[0], plain(x)[0])
+
+
 def test_nan_is_ranked_last():
     made = router(activation="identity", weigh="ones")
     logits = torch.tensor([[float("nan"), 3.0, 1.0, 2.0, 0, 0, 0, 0]])

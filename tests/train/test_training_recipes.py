@@ -64,6 +64,17 @@ def test_schedules_batches_and_the_bias_move_as_told(recipe):
     assert model.model.layers[0].mlp.gate.bias.abs().max() > 0
 
 
+def test_a_frozen_router_is_not_trained_and_stays_frozen_when_loaded(recipe, tmp_path):
+    frozen = recipe.with_model(router={"score": {"kind": "linear", "frozen": True}}, correction=None)
+    weight = frozen.build().model.layers[0].mlp.gate.scorer.weight.clone()
+    model, record = carry_out(frozen, batches)
+    model.save_pretrained(tmp_path)
+    for one in (model, type(model).from_pretrained(tmp_path)):
+        assert torch.equal(one.model.layers[0].mlp.gate.scorer.weight, weight)
+        assert not one.model.layers[0].mlp.gate.scorer.weight.requires_grad
+    assert not [name for name in record.trained if "scorer" in name]
+
+
 def test_two_batches_accumulated_are_one_of_both(recipe):
     plain = recipe.with_model(correction=None, balance={"load": 0.0})
     both = lambda step: {"input_ids": torch.cat([batches(2 * step + i)["input_ids"] for i in (0, 1)])}  # noqa: E731

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..contract import PAD, Context
 from ..errors import OptionError
+from .flow import want
 from .parts import Site, Spec, make
 
 
@@ -18,7 +19,8 @@ class Capped(nn.Module):
 
     Of N assignments a choice of weight eta takes at most ``factor * N * eta / sum(eta)``: 1 for experts of other kinds
     and ``share`` for those with weights (MoE++, its heterogeneous expert capacity, with tau = ``share``). First slots
-    come before second ones, and earlier tokens before later ones (GShard).
+    come before second ones, and earlier tokens before later ones (GShard). Padding takes no room. Balance terms are
+    told what was wanted, or a full expert would look no fuller than it may be.
     """
 
     def __init__(self, site: Site, *, of: Spec = "top-k", factor: float = 1.1, share: float = 1.0) -> None:
@@ -41,6 +43,9 @@ class Capped(nn.Module):
         expert_TK = self.of(scores_TE, context, bias)
         if not self.training:
             return expert_TK
+        if context.padding is not None:
+            expert_TK = expert_TK.masked_fill(context.padding[:, None], PAD)
+        want(expert_TK, context)
         place_TK = arrival(expert_TK, len(self.shares))
         most_E = self.capacity(int((expert_TK != PAD).sum())).to(expert_TK.device)
         return expert_TK.masked_fill(place_TK >= most_E[expert_TK], PAD)

@@ -19,7 +19,7 @@ from ..contract import Context, Routing
 @dataclass
 class Carry:
     """``state``: tensors that parts hand to the next layer, by name; ``losses``: auxiliary terms summed over layers,
-    already weighted; ``load``: int64 [E] of each MoE layer so far; ``routing``: of the last MoE layer."""
+    already weighted; ``load``: int64 [E] of each MoE layer so far, less padding; ``routing``: of the last of them."""
 
     state: dict[str, Tensor] = field(default_factory=dict)
     losses: dict[str, Tensor] = field(default_factory=dict)
@@ -70,6 +70,16 @@ def extended(context: Context, **extra: Any) -> Context:
     """The context with more in ``extra``."""
     merged: Mapping[str, Any] = {**context.extra, **extra}
     return replace(context, extra=merged)
+
+
+def want(expert_TK: Tensor, context: Context) -> None:
+    """Keep for this pass through a router what tokens chose before some of it was dropped."""
+    context.extra.get("scores", {})["wanted"] = expert_TK
+
+
+def wanted(routing: Routing, context: Context) -> Tensor:
+    """int64 [T, K]: what tokens chose; the routing itself where nothing was dropped."""
+    return context.extra.get("scores", {}).get("wanted", routing.expert)
 
 
 def recomputed() -> bool:

@@ -96,7 +96,8 @@ class MoE(nn.Module):
     def _tell(self, x_TH: Tensor, routing: Routing, router: Router, context: Context) -> None:
         flow = carry(context)
         flow.routing = routing
-        count = routing.counts(router.num_experts)
+        used = routing.used & real(x_TH, context)[:, None]
+        count = torch.bincount(routing.expert[used], minlength=router.num_experts)
         flow.load.append(count)
         if not self.training:
             return

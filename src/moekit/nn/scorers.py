@@ -25,12 +25,23 @@ from .tree import Tree
 
 
 class Linear(nn.Module):
-    """``x W^T``, with ``bias`` added where asked; ``frozen`` leaves it at its random start (SMoE-Dropout)."""
+    """``x W^T``, with ``bias`` added where asked; ``frozen`` leaves it at its random start (SMoE-Dropout).
+
+    What is frozen is kept in buffers: saved like a weight, and nothing that trains parameters can reach it.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, site: Site, *, bias: bool = False, frozen: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(site.choices, site.hidden_size), requires_grad=not frozen)
-        self.bias = nn.Parameter(torch.zeros(site.choices), requires_grad=not frozen) if bias else None
+        start: dict[str, Tensor | None] = {"weight": torch.zeros(site.choices, site.hidden_size)}
+        start["bias"] = torch.zeros(site.choices) if bias else None
+        for name, value in start.items():
+            if frozen or value is None:
+                self.register_buffer(name, value)
+            else:
+                self.register_parameter(name, nn.Parameter(value))
 
     def initialise(self, std: float) -> None:
         init.normal_(self.weight, mean=0.0, std=std)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..contract import Context, Routing
+from .flow import wanted
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +61,9 @@ class Seen:
 
     @cached_property
     def chosen_TE(self) -> Tensor:
-        """How often each token chose each expert (0 or 1), 0 for padding; no gradient."""
-        marks = torch.zeros_like(self.logits_TE)
-        marks.scatter_add_(1, self.routing.expert.clamp(min=0), self.routing.used.to(marks.dtype))
+        """How often each token chose each expert (0 or 1), also where it was full; 0 for padding; no gradient."""
+        marks, expert = torch.zeros_like(self.logits_TE), wanted(self.routing, self.context)
+        marks.scatter_add_(1, expert.clamp(min=0), (expert >= 0).to(marks.dtype))
         return marks * self.real_T[:, None]
 
     @cached_property
