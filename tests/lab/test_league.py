@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from moekit.errors import OptionError
 from moekit.lab import league
@@ -47,6 +48,19 @@ def test_what_was_trained_is_taken_from_the_cache_with_its_weights(small, monkey
     monkeypatch.setattr(protocol, "trained", lambda *_: pytest.fail("trained again"))
     assert protocol.play(recipe, 3) == json.loads(json.dumps(once))
     assert protocol.judged(model, 3)["bits"] == once["bits"]
+
+
+def test_a_memory_after_every_layer_counts_for_every_layer():
+    memory = {"kind": "memory", "keys": 4, "top": 2, "width": 8}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "moe_intermediate_size": 8, "num_experts": 4}
+    ids, active = torch.zeros(1, 5, dtype=torch.int64), {}
+    for name, told in {"without": None, "after every layer": memory}.items():
+        model = protocol.contestant("base").with_model(**sizes, memory=told).build().eval()
+        with protocol.Use(model) as use:
+            for _ in range(2):
+                model(input_ids=ids, use_cache=False)
+        active[name] = use.active(2 * ids.numel())
+    assert active["after every layer"] - active["without"] == 3 * model.model.memory.active_parameters()
 
 
 def test_one_seed_is_no_interval(small):

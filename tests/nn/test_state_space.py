@@ -53,6 +53,15 @@ def test_a_state_space_layer_equals_its_recurrence() -> None:
     torch.testing.assert_close(out, torch.stack([plain(layer, row) for row in x]), rtol=1e-4, atol=1e-5)
 
 
+def test_the_window_begins_as_in_mamba() -> None:
+    """Uniform over one over the root of its width, whatever deviation the model's other weights begin with."""
+    layer = made(kernel=4)
+    window, dt = layer.conv.weight.detach(), torch.nn.functional.softplus(layer.dt_proj.bias.detach())
+    assert 0.45 < float(window.abs().max()) <= 0.5
+    assert float(window.std()) == pytest.approx(0.5 / 3**0.5, rel=0.1)
+    assert 1e-3 * 0.99 < float(dt.min()) < float(dt.max()) < 1e-1 * 1.01
+
+
 def modality(*ids: int) -> torch.Tensor:
     return torch.tensor(ids)
 

@@ -102,8 +102,17 @@ def test_lives_in_a_model(options: dict, tmp_path) -> None:
     assert {int(load.sum()) for load in found} == {24 * per_token}
 
 
+def test_padding_is_in_no_load() -> None:
+    model = tiny(feed_forward={"kind": "memory", **MEMORIES["rank-one"]})
+    mask = torch.tensor([[0] * 5 + [1] * 7, [1] * 12])
+    assert {int(load.sum()) for load in model(tokens(), attention_mask=mask).expert_load} == {19 * 3 * 2}
+
+
 def test_one_memory_for_all_layers(tmp_path) -> None:
     model = lives(tmp_path, memory={"kind": "memory", **MEMORIES["all pairs"]})
+    out = model(tokens())
+    assert [len(load) for load in out.expert_load] == [4, 4]  # loads of layers are those of their experts alone
+    assert [int(load.sum()) for load in out.other_load["memory"]] == [24 * 4] * 2
     assert sum("find.key" in name for name, _ in model.named_parameters()) == 1
     ids = tokens()
     before = model(ids).logits
@@ -119,6 +128,9 @@ def test_tables_begin_with_the_variance_of_a_feed_forward() -> None:
     left = 0.16 * (1 + memory.find.spread()) * sigma**4 * 24 * 8 * 24 / 32
     assert left == pytest.approx(0.064 * CONFIG.intermediate_size / 32 / (2 * CONFIG.num_hidden_layers))
     assert memory.value.std().item() == pytest.approx(sigma, rel=0.05)
+    beside = MoekitConfig(**SIZES, shared_expert_intermediate_size=CONFIG.intermediate_size // 16)
+    smaller = Memory(beside, 0, keys=16, top=8, rank=2, activation="none", weigh="raw", width=24)
+    assert smaller.table_std() == pytest.approx(sigma / 2)  # of the layer beside it
 
 
 def test_a_scorer_by_product_keys(tmp_path) -> None:

@@ -24,10 +24,12 @@ class Carry:
     state: dict[str, Tensor] = field(default_factory=dict)
     losses: dict[str, Tensor] = field(default_factory=dict)
     load: list[Tensor] = field(default_factory=list)
+    other_load: dict[str, list[Tensor]] = field(default_factory=dict)  # of routers elsewhere, by where they stand
     routing: Routing | None = None
 
     def copy(self) -> Carry:
-        return Carry(dict(self.state), dict(self.losses), list(self.load), self.routing)
+        other = {name: list(counts) for name, counts in self.other_load.items()}
+        return Carry(dict(self.state), dict(self.losses), list(self.load), other, self.routing)
 
     def lose(self, name: str, value: Tensor) -> None:
         """Add to the loss called ``name``."""
@@ -64,6 +66,12 @@ def real(values_T: Tensor, context: Context) -> Tensor:
     if context.padding is not None:
         return ~context.padding
     return torch.ones(len(values_T), dtype=torch.bool, device=values_T.device)
+
+
+def counted(routing: Routing, choices: int, context: Context) -> Tensor:
+    """int64 [E]: how many slots of tokens, not of padding, each choice got."""
+    used = routing.used & real(routing.expert, context)[:, None]
+    return torch.bincount(routing.expert[used], minlength=choices)
 
 
 def extended(context: Context, **extra: Any) -> Context:

@@ -15,7 +15,7 @@ from ..contract import Context, Routing
 from ..errors import OptionError
 from .attention import Attention
 from .balance import balance_term
-from .flow import extended
+from .flow import carry, counted, extended
 from .layer import Weights, listen
 from .parts import Site, Spec
 from .router import Router
@@ -23,12 +23,16 @@ from .seen import Seen
 
 
 class HeadRouter(nn.Module):
-    """A router among heads, and the balance terms that listen to it (named ``<owner>-<name>`` among the losses)."""
+    """A router among heads, and the balance terms that listen to it (named ``<owner>-<name>`` among the losses).
+
+    Loads go to the carry's ``other_load``, under the owner's name.
+    """
 
     def __init__(
         self, site: Site, router: Mapping[str, Spec] | None, balance: Mapping[str, Any] | None, owner: str
     ) -> None:
         super().__init__()
+        self.owner = owner
         self.gate = Router(site, router)
         terms = {f"{owner}-{name}": balance_term(name, spec, site) for name, spec in (balance or {}).items()}
         self.balance = nn.ModuleDict({name: term for name, (_, term) in terms.items()})
@@ -36,6 +40,7 @@ class HeadRouter(nn.Module):
 
     def forward(self, x_TH: Tensor, context: Context) -> Routing:
         routing = self.gate.routing(self.gate(x_TH, context))
+        carry(context).other_load.setdefault(self.owner, []).append(counted(routing, self.gate.num_experts, context))
         if self.training:
             listen(self.balance, self.weight_of, Seen(x_TH, routing, self.gate, None, context))
         return routing

@@ -32,18 +32,24 @@ from .wiring import WIRINGS
 
 @dataclass
 class MoekitModelOutput(MoeModelOutputWithPast):
-    """``losses``: auxiliary terms while training, weighted, summed over layers; ``expert_load``: int64 [E] a layer."""
+    """``losses``: auxiliary terms while training, weighted, summed over layers.
+
+    ``expert_load``: how often each choice of a layer was taken, int64 [E] for each MoE layer in order; ``other_load``:
+    the same of routers elsewhere, under "attention" and "memory". Padding does not count.
+    """
 
     losses: dict[str, Tensor] | None = None
     expert_load: tuple[Tensor, ...] | None = None
+    other_load: dict[str, list[Tensor]] | None = None
 
 
 @dataclass
 class MoekitOutput(MoeCausalLMOutputWithPast):
-    """``loss`` is the cross-entropy plus ``losses``."""
+    """``loss`` is the cross-entropy plus ``losses``; the rest as the model without its head has it."""
 
     losses: dict[str, Tensor] | None = None
     expert_load: tuple[Tensor, ...] | None = None
+    other_load: dict[str, list[Tensor]] | None = None
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -158,7 +164,7 @@ class MoekitModel(MoekitPreTrainedModel):
     def can_cache(self) -> bool:
         """Whether a key-value cache is all that generation must keep (no part says ``cached = False``)."""
         counted = self.layers[0].active  # the cache tells its length by the first layer
-        return counted and all(getattr(module, "cached", True) for module in self.layers.modules())
+        return counted and all(getattr(module, "cached", True) for module in self.modules())
 
     def forward(
         self,
@@ -204,13 +210,14 @@ class MoekitModel(MoekitPreTrainedModel):
                 **kwargs,
             )
             if self.memory is not None:
-                hidden = hidden + self.memory(hidden, context)
+                hidden = hidden + remembered(self.memory, hidden, context)
         flow = carry(context)
         return MoekitModelOutput(
             last_hidden_state=self.norm(hidden),
             past_key_values=past_key_values,
             losses=flow.losses,
             expert_load=tuple(flow.load),
+            other_load=flow.other_load,
         )
 
     def _context(self, embeds: Tensor, ids: Any, mask: Any, position: Tensor, modality: Any, task: Any) -> Context:
@@ -229,6 +236,16 @@ class MoekitModel(MoekitPreTrainedModel):
             padding=padding,
             **{name: None if value is None else value.reshape(-1) for name, value in flat.items()},
         )
+
+
+def remembered(memory: nn.Module, hidden_BSH: Tensor, context: Context) -> Tensor:
+    """What a memory after a layer adds; its load is told apart from those of layers."""
+    flow = carry(context)
+    layers = len(flow.load)
+    added = memory(hidden_BSH, context)
+    flow.other_load.setdefault("memory", []).extend(flow.load[layers:])
+    del flow.load[layers:]
+    return added
 
 
 class MoekitForCausalLM(MoekitPreTrainedModel, GenerationMixin):
@@ -268,6 +285,7 @@ class MoekitForCausalLM(MoekitPreTrainedModel, GenerationMixin):
             past_key_values=out.past_key_values,
             losses=out.losses,
             expert_load=out.expert_load,
+            other_load=out.other_load,
         )
 
     def generate(self, *inputs: Any, **kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 from ..contract import Context
 from ..errors import OptionError
 from .experts import shared_expert
-from .flow import carry
+from .flow import carry, real
 from .product_keys import ProductKeys
 
 
@@ -30,7 +30,8 @@ class Memory(nn.Module):
     without it there are none. ``gate``: where the bias of a sigmoid output gate begins (Hydra), none if not given.
     Other options are those of :class:`ProductKeys`. Every token also passes the layer's shared expert, if there is one.
 
-    Tables begin as UltraMemV2, appendix A, derives it from the variance of a feed-forward layer's output.
+    Tables begin as UltraMemV2, appendix A, derives it from the variance of a feed-forward layer's output: of the one
+    beside it, or of a dense layer's size.
     """
 
     def __init__(
@@ -69,7 +70,8 @@ class Memory(nn.Module):
         self.start, self.weigh = gate, weigh
         self.gate = nn.Linear(size, size) if gate is not None else None
         self.shared_expert = shared_expert(config)
-        self.inner, self.depth = config.intermediate_size, config.num_hidden_layers
+        self.inner = config.shared_expert_intermediate_size or config.intermediate_size
+        self.depth = config.num_hidden_layers
 
     def initialise(self, std: float) -> None:
         size = self.find.query.in_features
@@ -112,5 +114,6 @@ class Memory(nn.Module):
         if self.shared_expert is not None:
             y_TH = y_TH + self.shared_expert(x_TH)
         if context is not None:
+            item = item[real(x_TH, context)]
             carry(context).load.append(torch.bincount(item.flatten(), minlength=len(self.value)))
         return y_TH.reshape(hidden_states.shape)

@@ -68,9 +68,11 @@ class StateSpace(nn.Module):
         self.D = nn.Parameter(torch.zeros(inner))
 
     def initialise(self, std: float) -> None:
-        """As in Mamba: A is -1 to -N, steps dt between 0.001 and 0.1, drawn anew for every copy."""
+        """As in Mamba: A is -1 to -N, steps dt between 0.001 and 0.1, drawn anew for every copy; so is the window."""
         init.copy_(self.A_log, torch.arange(1.0, self.states + 1).log().expand_as(self.A_log))
         init.ones_(self.D)
+        reach = self.conv.weight.shape[-1] ** -0.5  # not the model's own deviation, which would mute so narrow a window
+        init.uniform_(self.conv.weight, -reach, reach)
         init.uniform_(self.dt_proj.weight, -(self.rank**-0.5), self.rank**-0.5)
         assert self.dt_proj.bias is not None
         low, high = math.log(1e-3), math.log(1e-1)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -183,11 +184,12 @@ def windows(domain: str, seed: int, length: int = 128) -> Tensor:
 class Use:
     """Counts, while it is open, what tokens used: every slot of stacked experts, everything else once per token.
 
-    A module that does otherwise says so by a method ``active_parameters() -> int`` (per token, all of its own).
+    A module that does otherwise says so by a method ``active_parameters() -> int`` (per token, all of its own); where
+    several layers use it, it counts for each of them.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.slots = model, dict[nn.Module, int]()
+        self.model, self.slots, self.calls = model, dict[nn.Module, int](), Counter[nn.Module]()
         self.tokens: dict[nn.Module, list[Tensor]] = {}
         self._hooks: list[Any] = []
 
@@ -196,6 +198,8 @@ class Use:
             if isinstance(module, Experts):
                 self.slots[module] = 0
                 self._hooks.append(module.register_forward_pre_hook(self._count))
+            elif module is self.model or hasattr(module, "active_parameters"):
+                self._hooks.append(module.register_forward_pre_hook(self._called))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -208,7 +212,8 @@ class Use:
         inside = {p for m in [*self.slots, *special] for p in m.parameters()}
         plain = sum(p.numel() for p in self.model.parameters() if p not in inside)
         experts = sum(used / tokens * size(module) / module.num_experts for module, used in self.slots.items())
-        return plain + experts + sum(module.active_parameters() for module in special)
+        passes = self.calls[self.model]
+        return plain + experts + sum(m.active_parameters() * self.calls[m] / passes for m in special)
 
     def follows(self, loss_BS: Tensor) -> float | None:
         """Correlation over positions of the slots used in all layers with the loss of the next token; None where every
@@ -221,6 +226,9 @@ class Use:
         if bool((used == used[0]).all()):
             return None
         return round(float(torch.corrcoef(torch.stack((used, loss_BS.flatten().double())))[0, 1]), 4)
+
+    def _called(self, module: nn.Module, args: Sequence[Any]) -> None:
+        self.calls[module] += 1
 
     def _count(self, module: Any, args: Sequence[Any]) -> None:
         used = (args[1] < module.num_experts).sum(1)
