@@ -20,6 +20,7 @@ from moekit.lab.experiments import (
     topk_gmoe_theory,
 )
 from moekit.lab.experiments import _league as league
+from moekit.train.recipe import Training
 
 
 def about(value, spread=0.01):
@@ -119,13 +120,30 @@ def test_micro_batches_are_apart_or_mixed_and_the_same_rows(monkeypatch):
         return lambda step: {"input_ids": rows, "weight": rows.float()}
 
     monkeypatch.setattr(global_lbl, "draws", one_domain)
-    apart, mixed = (global_lbl.dealt(1, 2048, way)(0) for way in global_lbl.WAYS)
+    recipe = global_lbl.contestant("micro")
+    apart, mixed = (global_lbl.dealt(1, recipe.batch * recipe.length, way)(0) for way in global_lbl.WAYS)
     assert sorted(apart["input_ids"][:, 0].tolist()) == sorted(mixed["input_ids"][:, 0].tolist())
     for chunk in apart["input_ids"].chunk(4):
         assert len(set((chunk[:, 0] % 10).tolist())) == 1
     for chunk in mixed["input_ids"].chunk(4):
         assert sorted((chunk[:, 0] % 10).tolist()) == [0, 1, 2, 3]
     assert torch.equal(mixed["weight"], mixed["input_ids"].float())
+
+
+def test_micro_batches_that_exchange_counts_have_the_load_loss_of_the_whole_batch():
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = torch.randint(0, 256, (16, 12), generator=torch.Generator().manual_seed(3))
+    found = {}
+    for name in global_lbl.SCOPES:
+        running = Training((recipe := global_lbl.contestant(name).with_model(**small)).build(), recipe)
+        running.model.train()
+        loss, parts = global_lbl.in_parts(running, running.model, {"input_ids": ids})
+        found[name] = parts["load"], loss - parts["load"]
+        running.end_step(1)
+        whole = running.loss(running.model, {"input_ids": ids})[1]
+    assert torch.isclose(found["global"][0], whole["load"], atol=1e-6)
+    assert found["micro"][0] > found["global"][0] + 1e-5
+    assert torch.isclose(found["micro"][1], found["global"][1], atol=1e-5)
 
 
 def test_language_model_arms_differ_in_what_they_name():

@@ -1,10 +1,10 @@
 """Global-batch load balancing (n 143): do experts specialise if only the whole batch must be balanced?
 
-Setting: the league's model, steps and judge, but each step's batch is four micro-batches of 512 bytes: of one domain
-each ("apart"), or each of all four ("mixed", the same rows dealt out otherwise). The load loss (weight 0.01) counts
-within a micro-batch ("micro"), or over those of the step so far ("global", scope accumulated). Specialisation: entropy
-of the routing given the domain, in nats, mean over layers and domains, on the judge's text; the load of the whole is
-MaxVio there.
+Setting: the league's model, steps and judge, but each step's batch is four micro-batches of four rows, twice the
+league's bytes: of one domain each ("apart"), or each of all four ("mixed", the same rows dealt out otherwise). The load
+loss (weight 0.01) counts within a micro-batch ("micro"), or over all four ("global"): they stand for four ranks that
+exchange their counts, so that the first of them sees as much as the last. Specialisation: entropy of the routing given
+the domain, in nats, mean over layers and domains, on the judge's text; the load of the whole is MaxVio there.
 
 Rule, written before the first run. `shown` if and only if the 95 % t intervals over seeds lie above zero for: bits per
 byte of micro minus global, apart; domain entropy of micro minus global, apart; and how much larger the difference in
@@ -15,6 +15,7 @@ come from domains.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from moekit.lab.experiments import Advance, Outcome
 from moekit.lab.experiments import _league as league
 from moekit.lab.experiments._outer_training import draws
 from moekit.lab.experiments._seeds import interval, over_seeds
+from moekit.nn.load import Load
 from moekit.train import Batch, Batches, Record, train
 from moekit.train.recipe import Recipe, Training
 
@@ -58,7 +60,8 @@ def holds(figures: Mapping[str, Any]) -> bool:
 
 
 def contestant(scope: str) -> Recipe:
-    return league.contestant("global-lbl", balance={"load": {"weight": 0.01, "scope": SCOPES[scope]}})
+    recipe = league.contestant("global-lbl", balance={"load": {"weight": 0.01, "scope": SCOPES[scope]}})
+    return replace(recipe, batch=len(league.DOMAINS) ** 2)
 
 
 def gap(one: Mapping[str, Any], way: str, figure: str) -> float:
@@ -102,12 +105,34 @@ def dealt(seed: int, tokens: int, way: str) -> Batches:
 
 
 def in_parts(running: Training, model: Any, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """The mean loss of the micro-batches, one after the other."""
+    """The mean loss of the micro-batches, where load terms of the wide scope know the counts of all of them."""
     count = len(league.DOMAINS)
     chunks = [rows.chunk(count) for rows in batch.values()]
-    found = [running.loss(model, dict(zip(batch, each, strict=True))) for each in zip(*chunks, strict=True)]
+    parts = [dict(zip(batch, each, strict=True)) for each in zip(*chunks, strict=True)]
+    terms = [term for term in model.modules() if isinstance(term, Load) and term.scope == SCOPES["global"]]
+    before = others(terms, running, model, parts)
+    found = []
+    for part, theirs in zip(parts, before, strict=True):
+        for term, count_E in zip(terms, theirs, strict=True):
+            term.count_E.copy_(count_E)
+        found.append(running.loss(model, part))
     loss = torch.stack([value for value, _ in found]).mean()
-    return loss, {name: torch.stack([parts[name] for _, parts in found]).mean() for name in found[0][1]}
+    return loss, {name: torch.stack([said[name] for _, said in found]).mean() for name in found[0][1]}
+
+
+@torch.no_grad()
+def others(terms: Sequence[Load], running: Training, model: Any, parts: Sequence[Batch]) -> list[list[Tensor]]:
+    """For each micro-batch what each term counts in the others [E], by a pass through all of them."""
+    if not terms:
+        return [[] for _ in parts]
+    own = []
+    for part in parts:
+        running.loss(model, part)
+        own.append([term.count_E.clone() for term in terms])
+        for term in terms:
+            term.finish_step()
+    total = [torch.stack(counts).sum(0) for counts in zip(*own, strict=True)]
+    return [[whole - count for whole, count in zip(total, counts, strict=True)] for counts in own]
 
 
 @torch.no_grad()
