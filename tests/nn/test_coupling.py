@@ -1,15 +1,19 @@
 """Router rows through experts: the table, the margins and the loss that couples them."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from wholes import lives, tiny, tokens
 
+import families
+from moekit.blocks import blocks
 from moekit.contract import Context, Routing
-from moekit.errors import OptionError
+from moekit.errors import OptionError, UnsupportedModelError
 from moekit.nn import Seen, Site
-from moekit.nn.coupling import Coupling, excess, margins, responses
+from moekit.nn.coupling import Coupling, coupled, excess, margins, measured, responses
 
 SITE = Site(hidden_size=6, intermediate_size=5, num_experts=4, top_k=2)
 
@@ -117,6 +121,24 @@ def test_in_a_model(tmp_path):
     model.train()
     ids = tokens()
     assert float(model(ids, labels=ids).losses["coupling"]) > 0
+
+
+def test_any_checkpoint_is_measured():
+    lm = tiny()
+    block = blocks(lm)[0]
+    layer_ = lm.model.layers[0].mlp
+    rows, gate = coupled(layer_.gate, layer_.experts)
+    table, eps = measured(block)
+    torch.testing.assert_close(table, responses(rows, gate))
+    torch.testing.assert_close(eps, margins(rows))
+    stock, _ = families.build("mixtral")
+    block = blocks(stock)[0]
+    table, _ = measured(block)
+    for i, j in itertools.product(range(block.num_experts), repeat=2):
+        gate_j = block.bank().expert(j).gate_up[: block.bank().intermediate_size]
+        torch.testing.assert_close(table[i, j], (gate_j @ block.router_module.weight[i]).norm())
+    with pytest.raises(UnsupportedModelError, match=r"of model.layers.0.mlp is not one matrix \[4, 32\]"):
+        measured(blocks(tiny(router={"score": {"kind": "mlp", "width": 7}}))[0])
 
 
 def test_what_it_needs_is_told():

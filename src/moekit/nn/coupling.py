@@ -1,6 +1,6 @@
 """How well routers know their experts: the table of router rows sent through experts, and the loss that makes them fit.
 
-Nothing here reads tokens, so it measures any checkpoint whose router has one row per expert.
+Nothing here reads tokens: :func:`measured` looks at any checkpoint whose router has one row per expert.
 Shapes by suffix: E experts, H hidden size, I intermediate size.
 """
 
@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import OptionError
+from ..errors import OptionError, UnsupportedModelError
 from .parts import Site
 
 if TYPE_CHECKING:
+    from ..blocks import MoEBlock
     from .seen import Seen
 
 
@@ -51,6 +52,29 @@ def excess(responses_EE: Tensor, alpha: float = 1.0) -> Tensor:
     own_E = alpha * responses_EE.diagonal()
     over = (responses_EE - own_E[:, None]).relu() + (responses_EE.T - own_E[:, None]).relu()
     return over.masked_fill(torch.eye(len(over), dtype=torch.bool, device=over.device), 0).mean()
+
+
+@torch.no_grad()
+def measured(block: MoEBlock) -> tuple[Tensor, Tensor]:
+    """(:func:`responses` [E, E], :func:`margins` [E]) of one MoE block of any model, in any format.
+
+    ``excess`` of the first says how far router and experts are from coupled; no training is needed to ask.
+
+    Raises:
+        UnsupportedModelError: the router is not one matrix with a row per expert, of the width that experts read.
+    """
+    bank = block.bank()
+    shape = (block.num_experts, bank.hidden_size)
+    rows = [p for p in block.router_module.parameters() if tuple(p.shape) == shape]
+    if len(rows) != 1:
+        raise UnsupportedModelError(
+            f"the router of {block.name} is not one matrix {list(shape)}: it cannot be measured"
+        )
+    columns = []
+    for place in block.layout.stored(torch.arange(block.num_experts)).tolist():
+        gate = bank.expert(place).gate_up[: bank.intermediate_size]
+        columns.append(responses(rows[0], gate[None].to(rows[0].device)))
+    return torch.cat(columns, dim=1), margins(rows[0])
 
 
 class Coupling(nn.Module):
