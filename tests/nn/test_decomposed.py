@@ -82,6 +82,29 @@ def test_lives_in_a_model(split: str, tmp_path) -> None:
     lives(tmp_path, feed_forward={**OPTIONS, "split": split}, idle=("bias",))
 
 
+def test_padding_leaves_no_trace() -> None:
+    ids, found = tokens(), []
+    long = torch.cat((ids, torch.zeros(2, 5, dtype=torch.int64)), dim=1)
+    for rows in (ids, long):
+        model = tiny(feed_forward=OPTIONS).train()
+        mask = (torch.arange(rows.shape[1]) < 12).expand(2, -1).long()
+        out = model(rows, attention_mask=mask)
+        norms = [norm.running_mean for norm in model.model.layers[0].mlp.router.norms]
+        found.append((out.logits[:, :12], *norms, *out.expert_load, out.losses["uniformity"]))
+    for short, padded in zip(*found, strict=True):
+        torch.testing.assert_close(short, padded)
+
+
+def test_statistics_stay_in_float32_in_half_precision(tmp_path) -> None:
+    model = tiny(feed_forward=OPTIONS).train()
+    model(tokens())
+    model.save_pretrained(tmp_path)
+    half = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for own, other in zip(*(m.model.layers[0].mlp.router.norms for m in (model, half)), strict=True):
+        assert torch.equal(own.running_var, other.running_var)
+    assert half.train()(tokens(), labels=tokens()).loss.isfinite()
+
+
 def test_losses_at_their_ends() -> None:
     mlp = layer("vertical", uniformity=1.0, ambiguity=1.0)
 

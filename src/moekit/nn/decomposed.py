@@ -34,24 +34,32 @@ class HalvesRouter(nn.Module):
         self.heads = heads
         self.threshold = NormalDist().inv_cdf(1 - keep / sides)
 
-    def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x_TH: Tensor, real_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``real_T`` (bool) marks tokens; of padding no statistics are taken. None: all are."""
         first, second = (
-            self._kept(linear(x_TH).unflatten(1, (self.heads, -1)), norm)
+            self._kept(linear(x_TH).unflatten(1, (self.heads, -1)), norm, real_T)
             for linear, norm in zip((self.first, self.second), self.norms, strict=True)
         )
         return first, second
 
-    def _kept(self, logits_TGN: Tensor, norm: nn.Module) -> Tensor:
+    def _kept(self, logits_TGN: Tensor, norm: nn.Module, real_T: Tensor | None) -> Tensor:
         wide = logits_TGN.to(torch.promote_types(logits_TGN.dtype, torch.float32))
         if not len(wide):
             return wide
         with torch.no_grad():
-            if self.training and recomputed():  # the same numbers; the running statistics have seen this pass
-                normed = F.batch_norm(logits_TGN, None, None, training=True)
+            if real_T is None:
+                normed = self._normed(logits_TGN, norm)
             else:
-                normed = norm(logits_TGN)
+                normed = torch.zeros_like(logits_TGN)
+                if bool(real_T.any()):
+                    normed[real_T] = self._normed(logits_TGN[real_T], norm)
             limit = normed.amax(-1, keepdim=True).clamp(max=self.threshold)
         return wide.masked_fill(normed < limit, -torch.inf).softmax(-1)
+
+    def _normed(self, logits_TGN: Tensor, norm: nn.Module) -> Tensor:
+        if self.training and recomputed():  # the same numbers; the running statistics have seen this pass
+            return F.batch_norm(logits_TGN, None, None, training=True)
+        return norm(logits_TGN)
 
 
 class Decomposed(nn.Module):
@@ -114,7 +122,8 @@ class Decomposed(nn.Module):
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         first, second = (g.to(x_TH.dtype) for g in self.halves(x_TH, context or Context()))
         if context is not None:  # halves of either side, those of the first before those of the second
-            carry(context).load.append(torch.cat([(g > 0).sum((0, 1)) for g in (first, second)]))
+            own = slice(None) if context.padding is None else ~context.padding
+            carry(context).load.append(torch.cat([(g[own] > 0).sum((0, 1)) for g in (first, second)]))
         combine = self._vertical if self.vertical else self._horizontal
         return combine(x_TH, first, second).reshape(hidden_states.shape)
 
@@ -125,7 +134,7 @@ class Decomposed(nn.Module):
             if names[0] not in state:
                 raise OptionError(f"a decomposed layer borrows the router of layer {self.owner}, which has none")
             return state[names[0]], state[names[1]]
-        first, second = self.router(x_TH)
+        first, second = self.router(x_TH, None if context.padding is None else ~context.padding)
         state |= {names[0]: first, names[1]: second}
         if self.training:
             self._lose(first, second, context)

@@ -115,7 +115,7 @@ class MoekitPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = {"gate.bias"}  # moved by steps too small for half precision
+    _keep_in_fp32_modules_strict = {"gate.bias", "running_mean", "running_var"}  # these move by small steps
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
