@@ -14,23 +14,26 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..contract import Context
 from ..errors import OptionError
-from .stick_breaking import stick_breaking
+from .stick_breaking import seen, stick_breaking
 
 
 class Attention(nn.Module):
     """Causal attention with grouped keys and values.
 
     ``weights``: "softmax" with rotary positions, run by transformers' own backends, or "stick-breaking" without any.
+    ``window``: a token sees itself and the ``window - 1`` before it, all of them where none is given.
     Raises :class:`OptionError` for others.
     """
 
     is_causal = True
 
-    def __init__(self, config: Any, layer: int, *, weights: str = "softmax") -> None:
+    def __init__(self, config: Any, layer: int, *, weights: str = "softmax", window: int | None = None) -> None:
         super().__init__()
+        if window is not None and window < 1:
+            raise OptionError(f"window={window} of attention: give 1 token or more, or leave it out to see all")
         if weights not in ("softmax", *WEIGHTINGS):
             raise OptionError(f"attention weights {weights!r}: choose one of softmax, {', '.join(WEIGHTINGS)}")
-        self.weights = weights
+        self.weights, self.window = weights, window
         self.config, self.layer_idx = config, layer
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
@@ -83,8 +86,21 @@ class Attention(nn.Module):
         """[B, S, N, D] of queries [B, N, S, D], keys and values [B, groups, keys, D]."""
         own = WEIGHTINGS.get(self.weights)
         attend = own or ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
+        if self.window is not None:
+            kwargs["sliding_window"] = self.window  # flash attention masks by itself
+            if own or not str(self.config._attn_implementation).startswith("flash"):
+                mask = near(mask, query, key, self.window)
         out, _ = attend(self, query, key, value, mask, dropout=0.0, scaling=self.scaling, **kwargs)
         return out
+
+
+def near(mask: Tensor | None, query: Tensor, key: Tensor, window: int) -> Tensor:
+    """Added to scores [B or 1, 1, S, keys]: 0 for what ``mask`` lets a query see among its last ``window`` keys."""
+    queries, keys = query.shape[2], key.shape[2]
+    first = torch.arange(queries, device=key.device)[:, None] + (keys - queries - window + 1)
+    kept = seen(mask, queries, keys, key.device) & (torch.arange(keys, device=key.device) >= first)
+    kept = kept if kept.dim() == 4 else kept[None, None]
+    return torch.zeros_like(kept, dtype=query.dtype).masked_fill(~kept, torch.finfo(query.dtype).min)
 
 
 def rotated(x_BNSD: Tensor, cos_BSD: Tensor, sin_BSD: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..contract import Context, Routing
 from .balance import Seen
 from .correction import Correction
-from .flow import begin, carry, real, recomputed
+from .flow import begin, carry, counted, real, recomputed
 from .router import Router
 
 
@@ -96,8 +96,7 @@ class MoE(nn.Module):
     def _tell(self, x_TH: Tensor, routing: Routing, router: Router, context: Context) -> None:
         flow = carry(context)
         flow.routing = routing
-        used = routing.used & real(x_TH, context)[:, None]
-        count = torch.bincount(routing.expert[used], minlength=router.num_experts)
+        count = counted(routing, router.num_experts, context)
         flow.load.append(count)
         if not self.training:
             return
