@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from wholes import tiny, tokens
 
 from moekit.contract import Context, Routing
+from moekit.errors import OptionError
 from moekit.nn import Router, Seen, Site, finish_step
-from moekit.nn.load import Load
+from moekit.nn.load import Load, SoftLoad
 
 SITE = Site(hidden_size=6, intermediate_size=5, num_experts=4, top_k=2)
 
@@ -136,3 +137,31 @@ def test_two_ranks_count_as_one(monkeypatch):
         assert not sent[number].requires_grad
     Load(SITE, scope="accumulated")(seen(batches[0]))
     assert len(sent) == 2
+
+
+def test_a_cold_soft_load_is_the_square_of_top_1_shares_with_a_gradient():
+    logits = micro_batches(1, tokens_=50)[0].requires_grad_()
+    share = torch.bincount(logits.argmax(1), minlength=4) / 50
+    assert SoftLoad(SITE, temperature=1e-5)(seen(logits)).item() == pytest.approx(
+        float(4 * share.square().sum()), rel=1e-3
+    )
+    SoftLoad(SITE)(seen(logits)).backward()
+    assert bool((logits.grad != 0).any())
+    assert float(SoftLoad(SITE)(seen(torch.zeros(5, 4)))) == pytest.approx(1)
+
+
+def test_nearly_even_probabilities_hide_a_load_from_one_loss_and_not_from_the_other():
+    hidden = torch.tensor([[0.01, 0.005, 0.0, 0.0]]).repeat(9, 1)  # all tokens choose the first expert
+    assert float(Load(SITE)(seen(hidden))) == pytest.approx(1, abs=0.01)
+    assert float(SoftLoad(SITE, temperature=1e-3)(seen(hidden))) > 3.9
+    padding = torch.arange(9) >= 5
+    mixed = torch.cat((hidden[:5], -hidden[:4]))
+    padded = SoftLoad(SITE)(seen(mixed, Context(padding=padding)))
+    assert torch.isclose(padded, SoftLoad(SITE)(seen(hidden[:5])))
+
+
+def test_a_soft_load_needs_a_temperature():
+    with pytest.raises(OptionError, match="temperature=0 of a soft load"):
+        SoftLoad(SITE, temperature=0)
+    model = tiny(balance={"soft-load": 0.1}).train()
+    assert model(tokens(), labels=tokens()).losses["soft-load"] > 0

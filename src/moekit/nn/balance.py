@@ -15,7 +15,7 @@ from ..errors import OptionError
 from .costs import Cost
 from .coupling import Coupling
 from .information import Concentration, MutualInformation
-from .load import KindLoad, Load
+from .load import KindLoad, Load, SoftLoad
 from .parts import Site, make
 from .permutation import PermutationEntropy
 from .seen import Seen, variation
@@ -57,6 +57,7 @@ class Importance(nn.Module):
 BALANCES: dict[str, Callable[..., Any]] = {
     "load": Load,
     "kind-load": KindLoad,
+    "soft-load": SoftLoad,
     "z": ZLoss,
     "entropy": Entropy,
     "importance": Importance,

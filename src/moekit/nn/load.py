@@ -85,6 +85,24 @@ class Load(nn.Module):
         return terms[length_B > 0].mean() if bool((length_B > 0).any()) else terms.sum()
 
 
+class SoftLoad(nn.Module):
+    """``E * sum_i g_i^2``, g the mean over tokens of ``softmax(logits / temperature)``: 1 at balance, E for one expert.
+
+    The colder, the nearer g is to the shares of a top-1 router, yet with a gradient: even probabilities that hide an
+    uneven load, which cost :class:`Load` nothing, cost here (Sigma-MoE-Tiny, top-1 load-balancing loss).
+    """
+
+    def __init__(self, site: Site, *, temperature: float = 0.1) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise OptionError(f"temperature={temperature:g} of a soft load must be positive")
+        self.temperature = temperature
+
+    def forward(self, seen: Seen) -> Tensor:
+        load_E = seen.mean((seen.logits_TE / self.temperature).softmax(-1))
+        return seen.candidates_E.sum() * load_E.square().sum()
+
+
 class KindLoad(Load):
     """``E * sum_i eta_i f_i P_i`` with eta 1 for experts with weights and ``others`` for the rest.
 
