@@ -36,6 +36,8 @@ def test_a_memory_reads_less_than_experts_and_a_dense_layer_works_as_much():
     assert sizes["experts"]["total"] >= sizes["memory"]["total"]
     assert sizes["experts"]["active"] >= sizes["memory"]["active"]
     assert sizes["memory"]["bytes of 256 tokens"] > sizes["memory"]["bytes of one token"]
+    for figure in ("total", "active"):
+        assert 1 <= sizes["experts alike"][figure] / sizes["memory"][figure] < 1.02
 
 
 def test_images_turn_and_texts_follow_their_chain():

@@ -120,6 +120,22 @@ def test_one_memory_for_all_layers(tmp_path) -> None:
     assert not torch.allclose(model(ids).logits, before)
 
 
+@pytest.mark.parametrize("values", ["vectors", "rank-one"])
+def test_neighbours_share_a_table_and_not_their_keys(values: str, tmp_path) -> None:
+    told = {"kind": "memory", "keys": 6, "top": 3, "values": values, "width": 8, "share": 2}
+    model = lives(tmp_path, feed_forward=told, num_hidden_layers=3)
+    memories = [layer.mlp for layer in model.model.layers]
+    assert memories[0].value is memories[1].value
+    assert memories[1].value is not memories[2].value
+    assert memories[0].reader is memories[1].reader
+    assert (memories[0].reader is None) == (values == "vectors")
+    assert not torch.equal(memories[0].find.key, memories[1].find.key)
+    names = [name for name, _ in model.named_parameters() if name.endswith("mlp.value")]
+    assert len(names) == 2  # trained and saved once for the two
+    again = type(model).from_pretrained(tmp_path)
+    assert again.model.layers[0].mlp.value is again.model.layers[1].mlp.value
+
+
 def test_tables_begin_with_the_variance_of_a_feed_forward() -> None:
     """sigma_mem^2 = 0.16 (1 + s^2) sigma_V^4 P M V / H equals 0.064 (I / H) / (2 L)."""
     memory = Memory(CONFIG, 0, keys=16, top=8, rank=2, activation="none", weigh="raw", width=24)
@@ -160,6 +176,7 @@ def test_edges() -> None:
         ({"keys": 0, "top": 1}, "product keys need sizes from 1 on, got keys=0, heads=1, key=32, rank=1"),
         ({"keys": 4, "top": 2, "rank": 2, "final": False},
          "all pairs of the shortlists (final = false) can only be had with rank = 1"),
+        ({"keys": 4, "top": 2, "share": 0}, "share=0 of a memory: give 1 for a table per layer, or more"),
         ({"keys": 4, "top": 2, "values": "rows"}, "a memory of 'rows': choose vectors or rank-one"),
         ({"keys": 4, "top": 2, "weigh": "mean"}, "weigh='mean' in a memory: choose softmax or raw"),
         ({"keys": 4, "top": 2, "activation": "sin"},

@@ -6,6 +6,7 @@ Shapes by suffix: T tokens, G heads, M found, P size of what is read, V size of 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class Memory(nn.Module):
     ``activation`` is f, "none" for the identity (UltraMemV2, whose scores are the only nonlinearity). ``weigh``: a
     "softmax" over those found, or the scores "raw". ``width``: size of u and v between the projections W_in and W_out;
     without it there are none. ``gate``: where the bias of a sigmoid output gate begins (Hydra), none if not given.
+    ``share``: so many neighbouring layers have one table, each with keys of its own (UltraMemV2 shares among 6 or 9).
     Other options are those of :class:`ProductKeys`. Every token also passes the layer's shared expert, if there is one.
 
     Tables begin as UltraMemV2, appendix A, derives it from the variance of a feed-forward layer's output: of the one
@@ -50,6 +52,7 @@ class Memory(nn.Module):
         weigh: str = "softmax",
         width: int | None = None,
         gate: float | None = None,
+        share: int = 1,
     ) -> None:
         super().__init__()
         size = config.hidden_size
@@ -59,10 +62,15 @@ class Memory(nn.Module):
             raise OptionError(f"weigh={weigh!r} in a memory: choose softmax or raw")
         if activation != "none" and activation not in ACT2FN:
             raise OptionError(f"activation={activation!r} in a memory: choose none or one that transformers knows")
+        if share < 1:
+            raise OptionError(f"share={share} of a memory: give 1 for a table per layer, or more")
         self.find = ProductKeys(size, keys=keys, top=top, heads=heads, key=key, rank=rank, final=final)
         wide = size if width is None else width
-        self.value = nn.Parameter(torch.zeros(keys * keys, wide))
-        self.reader = nn.Parameter(torch.zeros(keys * keys, wide)) if values == "rank-one" else None
+        shapes = [(keys * keys, wide)] * (2 if values == "rank-one" else 1)
+        table = partial(nn.ParameterList, [nn.Parameter(torch.zeros(shape)) for shape in shapes])
+        name = f"memory of {shapes} from layer {layer - layer % share} on"
+        tables = table() if share == 1 else config.site(layer).shared(name, table)
+        self.value, self.reader = tables[0], tables[1] if len(tables) > 1 else None
         self.act_fn = None if activation == "none" else ACT2FN[activation]
         inner = width is not None and self.reader is not None
         self.in_proj = nn.Linear(size, wide, bias=False) if inner else nn.Identity()
