@@ -139,6 +139,13 @@ def test_in_half_precision_and_on_one_token(wiring):
     assert all(bool(p.grad.isfinite().all()) for p in lm.parameters())
 
 
+@pytest.mark.parametrize("wiring", [*KINDS, "chain", {"kind": "residual", "gain": 0.5}])
+def test_a_block_that_joins_both_sublayers_itself_takes_no_wiring(wiring):
+    with pytest.raises(OptionError, match="block 'parallel' joins both sublayers itself: leave out the wiring"):
+        model(wiring, block="parallel")
+    assert model("residual", block="parallel")
+
+
 def test_mu_and_gamma_learn_where_asked():
     lm = model({"kind": "momentum", "learnt": True, "mu": 0.5, "gamma": 1.5})
     wiring = lm.model.layers[2].wiring

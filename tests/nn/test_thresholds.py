@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from wholes import leaks, lives, tiny
+from wholes import leaks, lives, tiny, tokens
 
 from moekit.contract import PAD, Context
 from moekit.errors import OptionError
@@ -78,6 +78,17 @@ def test_padding_has_no_say_in_the_percentile_of_a_batch():
         {int(e)} for e in scores.argmax(1)
     ]
     assert nothing.threshold.isnan()
+
+
+def test_the_mean_of_earlier_batches_stays_in_float32(tmp_path):
+    model = tiny(router={"select": {"kind": "percentile", "scope": "batch", "share": 0.5}}).train()
+    model(tokens())
+    model.save_pretrained(tmp_path)
+    half = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    for one, other in zip(model.model.layers, half.model.layers, strict=True):
+        assert torch.equal(one.mlp.gate.selector.threshold, other.mlp.gate.selector.threshold)
+        assert other.mlp.gate.scorer.weight.dtype == torch.bfloat16
+    assert half(tokens()).logits.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("scope", ["token", "batch"])

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ..contract import Context
-from .parts import Site
+from ..errors import OptionError
+from .parts import Site, make
 
 Attend = Callable[[Tensor], Tensor]
 
@@ -22,6 +23,7 @@ class Sequential(nn.Module):
     """``h = x + attention(norm(x))``, then the feed-forward sublayer as its wiring joins it."""
 
     norms = 2
+    wired = True
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -38,6 +40,7 @@ class Parallel(nn.Module):
     """
 
     norms = 1
+    wired = False
 
     def __init__(self, site: Site, *, attention: float = 1.0, feed_forward: float = 0.5) -> None:
         super().__init__()
@@ -54,4 +57,12 @@ class Parallel(nn.Module):
 
 BLOCKS: dict[str, Callable[..., Any]] = {"sequential": Sequential, "parallel": Parallel}
 """By the name a configuration gives; called with (hidden, layer, attend, context). With ``norms = 1`` a layer has no
-norm before its attention."""
+norm before its attention; one that is not ``wired`` never calls the layer's wiring."""
+
+
+def block_of(config: Any, site: Site) -> Any:
+    """The block that a configuration names; raises :class:`OptionError` for a wiring that it would never call."""
+    block = make("block", BLOCKS, config.block, site)
+    if not block.wired and config.wiring != "residual":
+        raise OptionError(f"block {config.block!r} joins both sublayers itself: leave out the wiring")
+    return block

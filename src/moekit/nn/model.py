@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausal
 
 from ..contract import Context
 from ..errors import OptionError
-from .block import BLOCKS
+from .block import block_of
 from .config import MoekitConfig
 from .flow import begin, carry, within
 from .mixers import ATTENTIONS
@@ -58,7 +58,7 @@ class DecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: MoekitConfig, layer: int) -> None:
         super().__init__()
         site, dense = config.site(layer), layer in (config.dense_layers or ())
-        self.block = make("block", BLOCKS, config.block, site)
+        self.block = block_of(config, site)
         self.self_attn = make("attention", ATTENTIONS, config.attention_of(layer), config, layer)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if self.block.norms == 1:
@@ -115,7 +115,7 @@ class MoekitPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = {"gate.bias", "running_mean", "running_var"}  # these move by small steps
+    _keep_in_fp32_modules_strict = {"gate.bias", "threshold", "running_mean", "running_var"}  # moved by small steps
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
