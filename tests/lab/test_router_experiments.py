@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from figures import changed
 from moekit.contract import Context, route
-from moekit.lab.experiments import comet_gate, moge, uni_moe_2
+from moekit.lab.experiments import adamoe_null, comet_gate, moe_plus_plus, moge, top_p_route, uni_moe_2
 from moekit.lab.experiments._kinds_used import follows, slots, used
 from moekit.nn.flow import Carry
 from moekit.nn.selectors import Grouped, TopK
@@ -36,6 +37,55 @@ def test_drawn_batches(monkeypatch):
     assert some > 0.9
     assert 0.2 < mean < 1.5
     assert moge.straggling([[1, 1, 1, 0, 0, 0], [1, 0, 1, 0, 1, 0]]) == pytest.approx((2 + 1) / 2)
+
+
+ABOVE, ACROSS, BELOW = ({"low": m - 0.1, "mean": m, "high": m + 0.1} for m in (0.2, 0.0, -0.2))
+RULES = {
+    moe_plus_plus: (
+        {"plus_minus_vanilla": ACROSS, "slots_follow_loss": ABOVE},
+        [{"moe++, 0.25": 2.0, "moe++": 3.0}, {"moe++, 0.25": 2.1, "moe++": 3.9}],
+        [("plus_minus_vanilla", ABOVE), ("slots_follow_loss", ACROSS)],
+        [{"moe++, 0.25": 2.0, "moe++": 4.0}, {"moe++, 0.25": 3.0, "moe++": 3.0}],
+    ),
+    adamoe_null: (
+        {
+            "slots_follow_loss": {"null, 3": ABOVE},
+            "null4_minus_top4": ACROSS,
+            "null3_minus_top3": BELOW,
+            "top4_minus_null3": ACROSS,
+        },
+        [{"null, 4": 4.0, "null, 3": 2.8}],
+        [
+            ("slots_follow_loss", {"null, 3": ACROSS}),
+            ("null4_minus_top4", ABOVE),
+            ("null3_minus_top3", ABOVE),
+            ("top4_minus_null3", BELOW),
+        ],
+        [{"null, 4": 3.5, "null, 3": 3.0}, {"null, 4": 4.0, "null, 3": 3.4}],
+    ),
+    top_p_route: (
+        {"topp_minus_top2": BELOW, "used_more_without_entropy": ABOVE, "slots_follow_loss": ABOVE},
+        [{"top-p": 1.9}, {"top-p": 1.5}],
+        [("topp_minus_top2", ABOVE), ("used_more_without_entropy", ACROSS), ("slots_follow_loss", BELOW)],
+        [{"top-p": 2.0}],
+    ),
+    moge: (
+        {"straggling_less": ABOVE, "moge_minus_ungrouped": ACROSS},
+        [{"top-k": (0.995, 0.5), "grouped": (0.0, 0.0)}],
+        [("straggling_less", ACROSS), ("moge_minus_ungrouped", ABOVE)],
+        [{"top-k": (0.98, 0.5), "grouped": (0.0, 0.0)}, {"top-k": (1.0, 0.5), "grouped": (0.01, 0.0)}],
+    ),
+}
+
+
+@pytest.mark.parametrize("module", RULES)
+def test_every_condition_of_a_rule_can_fail(module):
+    right, counts, wrong, miscounted = RULES[module]
+    assert module.holds(right, counts)
+    for name, value in wrong:
+        assert not module.holds(changed(right, [name], value), counts), name
+    for one in miscounted:
+        assert not module.holds(right, [*counts, one])
 
 
 def test_experts_chosen_together_are_put_apart():

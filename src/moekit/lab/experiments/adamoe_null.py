@@ -15,7 +15,8 @@ Rule, written before the first run. `shown` if and only if all of these hold:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -36,11 +37,7 @@ def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
         NULL3: contestant("adamoe-null", others=["zero"] * 16),
     }
     found = league(arms, seeds, advance)
-    near = [
-        abs(float(np.mean(slots(played[name]))) / wanted - 1) <= 0.1
-        for played in found
-        for name, wanted in WANTED.items()
-    ]
+    counts = [{name: float(np.mean(slots(played[name]))) for name in WANTED} for played in found]
     figures = table(found) | {
         "used": {name: used(found, name) for name in arms},
         "slots_follow_loss": {name: follows(found, name) for name in WANTED},
@@ -48,11 +45,15 @@ def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
         "null3_minus_top3": lead(found, NULL3, TOP3),
         "top4_minus_null3": lead(found, BASE, NULL3),
     }
-    shown = (
-        all(near)
+    return Outcome(shown=holds(figures, counts), figures=figures, setting=setting(arms))
+
+
+def holds(figures: Mapping[str, Any], counts: Sequence[Mapping[str, float]]) -> bool:
+    """The rule of the module's docstring; ``counts`` are real experts used per token, seed by seed."""
+    return (
+        all(abs(count[name] / wanted - 1) <= 0.1 for count in counts for name, wanted in WANTED.items())
         and figures["slots_follow_loss"][NULL3]["low"] > 0
         and figures["null4_minus_top4"]["low"] <= 0
         and figures["null3_minus_top3"]["low"] <= 0
         and figures["top4_minus_null3"]["high"] >= 0
     )
-    return Outcome(shown=shown, figures=figures, setting=setting(arms))

@@ -15,7 +15,8 @@ Reported, deciding nothing: (no residual minus moe++), and the balance of loads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -49,9 +50,13 @@ def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
         "plus_minus_base": lead(found, PLUS, BASE),
         "no_residual_minus_plus": lead(found, PLAIN, PLUS),
     }
-    shown = (
+    return Outcome(shown=holds(figures, counts), figures=figures, setting=setting(arms))
+
+
+def holds(figures: Mapping[str, Any], counts: Sequence[Mapping[str, float]]) -> bool:
+    """The rule of the module's docstring; ``counts`` are experts used per token, seed by seed."""
+    return (
         figures["plus_minus_vanilla"]["low"] <= 0
         and all(count[LESS] < count[PLUS] < 4 for count in counts)
         and figures["slots_follow_loss"]["low"] > 0
     )
-    return Outcome(shown=shown, figures=figures, setting=setting(arms))

@@ -63,12 +63,17 @@ def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
         "converted": means(converted),
         "neighbours_minus_seldom_together": gap(converted, "neighbours", "seldom together"),
     }
-    shown = (
+    shown = holds(figures, drawn)
+    return Outcome(shown=shown, figures=figures, setting=setting(arms) | {"drawn_batches": DRAWS})
+
+
+def holds(figures: Mapping[str, Any], drawn: Sequence[Mapping[str, tuple[float, float]]]) -> bool:
+    """The rule of the module's docstring; ``drawn`` is what :func:`imbalance` says, seed by seed."""
+    return (
         all(each["top-k"][0] >= 0.99 and each["grouped"][0] == 0 for each in drawn)
         and figures["straggling_less"]["low"] > 0
         and figures["moge_minus_ungrouped"]["low"] <= 0
     )
-    return Outcome(shown=shown, figures=figures, setting=setting(arms) | {"drawn_batches": DRAWS})
 
 
 def imbalance(select: Callable[..., Tensor], seed: int) -> tuple[float, float]:

@@ -15,7 +15,8 @@ Reported besides: experts by layer (the paper: lower layers use more).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -46,10 +47,14 @@ def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
         "used_more_without_entropy": gap(counts, FREE, TOPP),
         "slots_follow_loss": follows(found, TOPP),
     }
-    shown = (
+    return Outcome(shown=holds(figures, counts), figures=figures, setting=setting(arms))
+
+
+def holds(figures: Mapping[str, Any], counts: Sequence[Mapping[str, float]]) -> bool:
+    """The rule of the module's docstring; ``counts`` are experts used per token, seed by seed."""
+    return (
         all(count[TOPP] < 2 for count in counts)
         and figures["topp_minus_top2"]["low"] <= 0
         and figures["used_more_without_entropy"]["low"] > 0
         and figures["slots_follow_loss"]["low"] > 0
     )
-    return Outcome(shown=shown, figures=figures, setting=setting(arms))
