@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from moekit.lab.experiments import hecto, mixture_of_mamba, monet, ultramem_v2
+from figures import changed
+from moekit.lab.experiments import hecto, mixture_of_mamba, moduleformer, monet, ultramem_v2
+from moekit.lab.experiments._league import contestant
 from moekit.nn.flow import begin
 
 
@@ -89,6 +91,67 @@ def test_a_tenth_of_the_experts_is_switched_off():
     mask = monet.kept(excess)
     assert int((~mask).sum()) == 102
     assert excess[~mask].min() > excess[mask].max()
+
+
+def about(mean, spread=0.01):
+    return {"low": mean - spread, "mean": mean, "high": mean + spread}
+
+
+RULES = {
+    monet: (
+        {
+            "monet - dense": about(0.015),
+            "chosen - random": about(0.1),
+            "switched_off": {"chosen, own": about(0.3), "chosen, others": about(0.1)},
+        },
+        [
+            (["monet - dense"], about(0.03)),
+            (["chosen - random"], about(0.0)),
+            (["switched_off", "chosen, others"], about(0.2)),
+        ],
+    ),
+    moduleformer: (
+        {
+            "load - information, entropy": about(0.1),
+            "max_violation": {"information": about(1.0), "load": about(0.9)},
+            "plain - concentrated, half": about(0.1),
+        },
+        [
+            (["load - information, entropy"], about(0.0)),
+            (["max_violation", "information"], about(1.2)),
+            (["plain - concentrated, half"], about(-0.1)),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("module", RULES)
+def test_each_condition_of_a_rule_can_fail(module):
+    right, wrong = RULES[module]
+    assert module.holds(right)
+    for where, value in wrong:
+        assert not module.holds(changed(right, where, value)), where
+
+
+def test_knowledge_of_a_domain_is_looked_for_and_put_back(monkeypatch):
+    monkeypatch.setattr(monet, "ROWS", 2)
+    model = contestant("monet", hidden_size=16, num_hidden_layers=2).build().eval()
+    found = monet.knowledge(model, 1)
+    assert found["chosen, selectivity"] == pytest.approx(found["chosen, own"] - found["chosen, others"])
+    assert found["chosen, own"] != found["random, own"]
+    assert all(layer.mlp.mask is None for layer in model.model.layers)
+
+
+def test_half_of_the_experts_are_left_after_tuning(monkeypatch):
+    monkeypatch.setattr(moduleformer, "STEPS", 2)
+    recipe = contestant("moduleformer", hidden_size=16, num_hidden_layers=2, balance={"concentration": 0})
+    model = recipe.build().eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = moduleformer.spared(recipe, model, 1)
+    assert found["plain, half"] != found["concentrated, half"]  # the term is at work
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    moduleformer.halve(model, 1)
+    assert [int(layer.mlp.gate.pool.sum()) for layer in model.model.layers] == [8, 8]
 
 
 def test_a_share_that_is_the_same_in_both_tasks_falsifies():
