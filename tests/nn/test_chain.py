@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import moekit
-from moekit.errors import OptionError
+from moekit.errors import OptionError, UnsupportedModelError
 from moekit.nn import MoE, MoekitConfig, MoekitForCausalLM, finish_step
 from moekit.nn.chain import Again, Chain
 from moekit.nn.config import Site
@@ -79,7 +79,16 @@ def test_experts_are_the_parameters_of_one_module():
     routers = 2 * 2 * 4 * H
     assert sum(p.numel() for p in chained.parameters()) == sum(p.numel() for p in plain.parameters()) + routers
     assert not any("later" in name and "experts" in name for name in chained.state_dict())
-    assert len(moekit.blocks(chained)) == 2
+
+
+def test_views_by_one_of_several_routers_are_refused():
+    says = r"model.layers.0.wiring.later.0 routes to model.layers.0.mlp.experts too: layers with several routers"
+    with pytest.raises(UnsupportedModelError, match=says):
+        moekit.blocks(model(wiring={"kind": "chain", "passes": 2}))
+    chained, seen = model(wiring={"kind": "chain", "passes": 2, "own_routers": False}), []
+    with moekit.blocks(chained)[1].observe(seen.append):
+        chained(torch.randint(0, 40, (2, 7)))
+    assert len(seen) == 2  # both passes through the one router
 
 
 class Silent(nn.Module):

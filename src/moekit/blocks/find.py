@@ -34,7 +34,7 @@ def blocks(model: nn.Module, *, attention: bool = False) -> list[MoEBlock]:
     """Every MoE feed-forward block of ``model``, in layer order; with ``attention``, its attention experts too.
 
     Raises :class:`UnsupportedModelError` for a dense model, a family in ``UNSUPPORTED``, layers that share their
-    experts, or a router that no recipe and no entry of ``deviants`` describes.
+    experts or have several routers, or a router that no recipe and no entry of ``deviants`` describes.
     """
     family = type(model).__module__.split(".")[-2] if "." in type(model).__module__ else ""
     if family in UNSUPPORTED:
@@ -65,6 +65,13 @@ def _check_own(model: nn.Module) -> None:
             f"{shared[0]} and {shared[1]} are one bank of experts: layers that share experts can be trained and run, "
             "but not looked at or changed one by one"
         )
+    for name, module in model.named_modules():
+        used = getattr(module, "experts", None)
+        if id(used) in holders and "experts" not in module._modules:
+            raise UnsupportedModelError(
+                f"{name} routes to {holders[id(used)][0]} too: layers with several routers can be trained and run, but "
+                "not looked at or changed by one of them"
+            )
 
 
 def _experts(model: nn.Module) -> Iterator[tuple[str, Layout]]:
