@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ class Pages:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
         self._map = mmap.mmap(-1, max(int(self.ends[-1]), 1) + HUGE, flags=flags)
         self._base = -torch.frombuffer(self._map, dtype=torch.uint8).data_ptr() % HUGE
-        if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(AttributeError, OSError):  # a system or kernel without huge pages, or no ranges left
             self._map.madvise(mmap.MADV_NOHUGEPAGE)
             for start, stop in self._huge():
                 self._map.madvise(mmap.MADV_HUGEPAGE, self._base + start, stop - start)
