@@ -82,7 +82,7 @@ def brute_force(memory: Memory, x: torch.Tensor) -> torch.Tensor:
                     inner = memory.reader[number] @ memory.in_proj(x[token])
                     w = w * (inner if memory.act_fn is None else memory.act_fn(inner))
                 out[token] += w * memory.value[number]
-    return memory.out_proj(out) * (1 if memory.gate is None else memory.gate(x).sigmoid())
+    return memory.out_proj(out) * (1 if memory.opening is None else memory.opening(x).sigmoid())
 
 
 @pytest.mark.parametrize("options", MEMORIES.values(), ids=MEMORIES)

@@ -51,6 +51,7 @@ def lives(tmp_path: Any, idle: tuple[str, ...] = (), inputs: Any = None, **field
             cached = model.generate(ids[:, :5], max_new_tokens=6, do_sample=False, pad_token_id=0)
             plain = model.generate(ids[:, :5], max_new_tokens=6, do_sample=False, use_cache=False, pad_token_id=0)
             assert torch.equal(cached, plain)
-        half = tiny(**fields).to(torch.bfloat16)
+        half = MoekitForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+        assert half(ids, **inputs).logits.isfinite().all()
         assert half(ids[:1, :1], **{name: value[:1, :1] for name, value in inputs.items()}).logits.isfinite().all()
     return model

@@ -65,10 +65,10 @@ class Cost(nn.Module):
         super().__init__()
         if len(costs) != site.choices or not min(costs) > 0:
             raise OptionError(f"costs={list(costs)}: give {site.choices} positive numbers, one for each expert")
-        self.register_buffer("costs", torch.tensor(costs, dtype=torch.float32), persistent=False)
+        self.costs = tuple(float(cost) for cost in costs)
 
     def forward(self, seen: Seen) -> Tensor:
-        cost_E = self.get_buffer("costs").to(seen.logits_TE.device)
+        cost_E = torch.tensor(self.costs, device=seen.logits_TE.device)
         noisy = carry(seen.context).state.pop(_NOISY, None)
         load_TE = seen.chosen_TE
         if noisy is not None:

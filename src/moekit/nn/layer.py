@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from ..contract import Context, Routing
 from .balance import Seen
@@ -51,6 +52,9 @@ class MoE(nn.Module):
         self.weight_of = Weights({name: weight for name, (weight, _) in balance.items()})
         self.correction = correction
         self.register_buffer("count_E", torch.zeros(router.num_experts, dtype=torch.int64), persistent=False)
+
+    def initialise(self, std: float) -> None:
+        init.zeros_(self.count_E)  # what is not saved is not there when a model is loaded
 
     @property
     def num_experts(self) -> int:

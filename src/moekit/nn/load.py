@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from ..errors import OptionError
 from .flow import recomputed
@@ -41,6 +42,9 @@ class Load(nn.Module):
             raise OptionError(f"{groups} groups do not divide {site.choices} choices evenly")
         self.scope, self.probability, self.groups = scope, probability, groups
         self.register_buffer("count_E", torch.zeros(groups or site.choices), persistent=False)
+
+    def initialise(self, std: float) -> None:
+        init.zeros_(self.count_E)
 
     def forward(self, seen: Seen) -> Tensor:
         probability = self._grouped(getattr(seen, _PROBABILITIES[self.probability]))

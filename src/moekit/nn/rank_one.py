@@ -76,7 +76,7 @@ class Memory(nn.Module):
         self.in_proj = nn.Linear(size, wide, bias=False) if inner else nn.Identity()
         self.out_proj = nn.Linear(wide, size, bias=False) if width is not None else nn.Identity()
         self.start, self.weigh = gate, weigh
-        self.gate = nn.Linear(size, size) if gate is not None else None
+        self.opening = nn.Linear(size, size) if gate is not None else None
         self.shared_expert = shared_expert(config)
         self.inner = config.shared_expert_intermediate_size or config.intermediate_size
         self.depth = config.num_hidden_layers
@@ -89,8 +89,8 @@ class Memory(nn.Module):
         for linear in (self.in_proj, self.out_proj):
             if isinstance(linear, nn.Linear):
                 init.normal_(linear.weight, mean=0.0, std=math.sqrt(2 / (5 * size)))
-        if self.gate is not None and self.start is not None:
-            init.constant_(self.gate.bias, self.start)
+        if self.opening is not None and self.start is not None:
+            init.constant_(self.opening.bias, self.start)
 
     def table_std(self) -> float:
         """sigma_V: ``sigma_V^4 = 0.2 (I / H) H / (M G (1 + s^2) P V L)``, s^2 the variance of the scores found."""
@@ -117,8 +117,8 @@ class Memory(nn.Module):
             inner = torch.einsum("tmp,tp->tm", self.reader[item], self.in_proj(x_TH))
             weight = weight * (inner if self.act_fn is None else self.act_fn(inner))
         y_TH = self.out_proj(F.embedding_bag(item, self.value, per_sample_weights=weight, mode="sum"))
-        if self.gate is not None:
-            y_TH = y_TH * self.gate(x_TH).sigmoid()
+        if self.opening is not None:
+            y_TH = y_TH * self.opening(x_TH).sigmoid()
         if self.shared_expert is not None:
             y_TH = y_TH + self.shared_expert(x_TH)
         if context is not None:
