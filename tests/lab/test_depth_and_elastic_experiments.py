@@ -185,7 +185,7 @@ def test_the_first_layer_and_the_jump_at_the_switch():
 def test_slots_count_those_that_computed(monkeypatch):
     recipe = evomoe.arms()[evomoe.EVOLVED]
     model = tiny(experts="spawning")
-    tokens = recipe.batch * recipe.length
+    tokens = recipe.batch * (recipe.length + 1)
     running = SimpleNamespace(model=model, load=[torch.full((16,), tokens // 4)] * 6)
 
     def trained(recipe, after_step=None):
@@ -199,5 +199,10 @@ def test_slots_count_those_that_computed(monkeypatch):
 
     monkeypatch.setattr(_probing, "trained", trained)
     assert _probing.slots(recipe, 1) == [1.0, 4.0]
-    kept = next(_league.cache().glob("*.slots.json"))
+    kept = next(_league.cache().glob("*.experts.json"))
     assert json.loads(kept.read_text()) == _probing.slots(recipe, 1)
+
+
+def test_one_expert_per_token_counts_as_one_in_training():
+    small = {"hidden_size": 16, "moe_intermediate_size": 4, "num_experts_per_tok": 1}
+    assert _probing.slots(_league.contestant(**small).with_options(steps=1), 1) == [1.0]

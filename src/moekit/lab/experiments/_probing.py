@@ -35,7 +35,7 @@ def probed(recipe: Recipe, seed: int, name: str, probe: Probe) -> dict[str, Any]
 def slots(recipe: Recipe, seed: int) -> list[float]:
     """How many experts computed for a token at each training step, mean over layers; those that are alone count one."""
     recipe, course = recipe.with_options(seed=seed), list[float]()
-    kept = cache() / f"{fingerprint(recipe)}.slots.json"
+    kept = cache() / f"{fingerprint(recipe)}.experts.json"
     if kept.is_file():
         return json.loads(kept.read_text())
 
@@ -47,7 +47,7 @@ def slots(recipe: Recipe, seed: int) -> list[float]:
         ]
         course.append(float(np.mean(per_token)))
 
-    tokens = recipe.batch * recipe.length
+    tokens = recipe.batch * (recipe.length + 1)  # what is read: the last token of a row is foretold, and routed too
     trained(recipe, after)
     keep(kept, course)
     return course
