@@ -77,9 +77,8 @@ class AdamStart(Momentum):
             return super().forward(hidden_BSH, norm, sublayer, context)
         out = sublayer(norm(hidden_BSH), context)
         carry(context).state[STATE] = out
-        wide = out.to(
-            torch.promote_types(out.dtype, torch.float32)
-        )  # squares of small numbers vanish in half precision
+        # squares of small numbers vanish in half precision
+        wide = out.to(torch.promote_types(out.dtype, torch.float32))
         step = (1 - self.beta1) * wide * torch.rsqrt((1 - self.beta2) * wide.square() + self.eps)
         return (1 - self.kappa) * hidden_BSH + self.gamma_first * step.to(out.dtype)
 
