@@ -110,6 +110,8 @@ def test_modalities_must_be_known() -> None:
         model(ids)
     with pytest.raises(OptionError, match="modality ids up to 2, and modalities=2"):
         model(ids, modality_ids=torch.tensor([[0, 1, 2]]))
+    with pytest.raises(OptionError, match="modality is told of 2 tokens, and there are 3: tell all"):
+        model(ids, modality_ids=torch.tensor([[0, 1]]))
 
 
 def test_modalities_by_vocabulary() -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..contract import Context, Routing
+from ..errors import OptionError
 
 
 @dataclass
@@ -37,7 +38,13 @@ class Carry:
 
 
 def begin(batch: int, length: int, device: torch.device, **fields: Any) -> Context:
-    """The context of flat tokens [B * S]: their sequence, and an empty carry; other fields as given."""
+    """The context of flat tokens [B * S]: their sequence, and an empty carry; other fields as given.
+
+    Raises :class:`OptionError` for a field of another length.
+    """
+    for name, value in fields.items():
+        if value is not None and len(value) != batch * length:
+            raise OptionError(f"{name} is told of {len(value)} tokens, and there are {batch * length}: tell all")
     sequence = torch.arange(batch, device=device).repeat_interleave(length)
     return Context(sequence=sequence, extra={"carry": Carry()}, **fields)
 
