@@ -32,5 +32,13 @@ def test_they_are_those_of_one_pass_whatever_is_recomputed() -> None:
         assert [int(load.sum()) for load in out.other_load["attention"]] == [24, 24]
 
 
+def test_a_memory_may_be_an_moe_layer_and_is_asked_what_it_needs() -> None:
+    model = tiny(feed_forward="nothing", memory="moe", router={"granularity": {"kind": "chunk", "length": 4}})
+    out = model(tokens())
+    assert out.expert_load == ()
+    assert [int(load.sum()) for load in out.other_load["memory"]] == [48, 48]
+    assert not model.model.can_cache  # though no layer needs more than keys and values
+
+
 def test_a_plain_model_has_none() -> None:
     assert tiny()(tokens()).other_load == {}

@@ -75,6 +75,13 @@ def test_a_frozen_router_is_not_trained_and_stays_frozen_when_loaded(recipe, tmp
     assert not [name for name in record.trained if "scorer" in name]
 
 
+def test_a_model_without_experts_has_no_violation(recipe):
+    """And no NaN, which is no JSON: the course of a training is read by others."""
+    plain = dataclasses.replace(recipe.with_model(feed_forward="nothing"), schedule=())
+    _, record = carry_out(plain.with_options(steps=1), batches)
+    assert record.parts["max_violation"] == [0.0]
+
+
 def test_two_batches_accumulated_are_one_of_both(recipe):
     plain = recipe.with_model(correction=None, balance={"load": 0.0})
     both = lambda step: {"input_ids": torch.cat([batches(2 * step + i)["input_ids"] for i in (0, 1)])}  # noqa: E731

@@ -178,7 +178,7 @@ class Training:
         logits = out.logits[:, :-1].flatten(0, 1).float()
         losses = torch.nn.functional.cross_entropy(logits, wanted.reshape(-1), reduction="none")
         entropy = (losses * weight.reshape(-1)).sum() / weight.sum().clamp(min=1)
-        violation = torch.tensor([max_violation(count) for count in out.expert_load or ()]).mean()
+        violation = torch.tensor([max_violation(count) for count in out.expert_load or ()] or [0.0]).mean()
         parts = {"cross_entropy": entropy, **out.losses, "max_violation": violation}
         return entropy + sum(out.losses.values()), parts
 
