@@ -7,6 +7,7 @@ from commanding import call
 
 from moekit.lab import league
 from moekit.lab.experiments._league import DOMAINS
+from moekit.train.recipe import Recipe
 
 RECIPE = """
 [model]
@@ -83,6 +84,12 @@ def test_the_other_commands_work_on_it(recipe, text, tmp_path, more):
     assert code == 0, out + err
     kept = json.loads((tmp_path / "half" / "config.json").read_text())["num_experts"]
     assert kept == 2
+
+
+def test_the_house_recipe_is_the_default(text, tmp_path):
+    assert call("train", "--text", text, "--steps", 1, "--output", tmp_path / "out")[0] == 0
+    told = json.loads((tmp_path / "out" / "recipe.json").read_text())["model"]
+    assert told == {**Recipe.read("base").model, "wiring": Recipe.read("momentum-smoe").model["wiring"]}
 
 
 def test_bad_recipes_are_one_line(text, tmp_path):

@@ -9,12 +9,15 @@ from moekit.cli._options import Json, OutputDir, Overwrite, Text
 from moekit.cli._work import check_output
 
 
+HOUSE = "house"
+
+
 def train(
+    *,
     recipe: Annotated[
         str, typer.Argument(metavar="RECIPE", help="A TOML file, or a paper's key: see `moekit systems --wing route`.")
-    ],
+    ] = HOUSE,
     output: OutputDir,
-    *,
     text: Text = [],  # noqa: B006
     tokenizer: Annotated[
         str, typer.Option("--tokenizer", metavar="MODEL", help="Whose tokenizer cuts the text; bytes by default.")
@@ -31,6 +34,7 @@ def train(
 
     \b
     Examples:
+      moekit train --output out/house
       moekit train base --output out/plain
       moekit train chain-of-experts --text code=src.txt --steps 1000 --output out/chain
       moekit train ./mine.toml --text a.txt --text b.txt --seed 3 --output out/mine
