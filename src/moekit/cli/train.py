@@ -8,7 +8,6 @@ from moekit.cli import _show
 from moekit.cli._options import Json, OutputDir, Overwrite, Text
 from moekit.cli._work import check_output
 
-
 HOUSE = "house"
 
 
