@@ -55,3 +55,12 @@ def lives(tmp_path: Any, idle: tuple[str, ...] = (), inputs: Any = None, **field
         assert half(ids, **inputs).logits.isfinite().all()
         assert half(ids[:1, :1], **{name: value[:1, :1] for name, value in inputs.items()}).logits.isfinite().all()
     return model
+
+
+def padding_on_the_left_changes_nothing(model: MoekitForCausalLM) -> None:
+    """What is said of six tokens is said of them behind three of padding too."""
+    ids, mask = tokens(1, 6), torch.tensor([[0] * 3 + [1] * 6])
+    padded = torch.cat((torch.full((1, 3), 7), ids), dim=1)
+    with torch.no_grad():
+        out = model(padded, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits[:, 3:]
+        torch.testing.assert_close(out, model(ids).logits, rtol=1e-4, atol=1e-4)
