@@ -31,6 +31,8 @@ def test_recipes_are_ranked_at_equal_compute(small, tmp_path):
     assert [row.bits_per_byte.mean for row in rows] == sorted(row.bits_per_byte.mean for row in rows)
     assert by_name["base"].compute == pytest.approx(1)
     assert by_name["base"].lead.mean == 0
+    assert by_name["base"].step_time == 1
+    assert by_name["wide"].step_time > 0
     assert by_name["wide"].steps < 6
     assert by_name["wide"].active > by_name["base"].active
     assert by_name["wide"].compute == pytest.approx(1, abs=0.1)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
 from moekit.errors import OptionError
 from moekit.lab.experiments import Advance
-from moekit.lab.experiments._league import BASE, DOMAINS, Use, contestant, play, windows
+from moekit.lab.experiments._league import BASE, DOMAINS, Use, batches, contestant, play, windows
 from moekit.measure import Interval
-from moekit.train.recipe import Recipe, recipes
+from moekit.train.recipe import Recipe, carry_out, recipes
 
 CLOSE = 0.05
 """Share by which a recipe's compute per token may differ from the plain one's before its steps are changed."""
-
+ROUNDS, PACE = 3, 6
+"""How often all recipes take turns at being timed, and for how many steps."""
 
 _COLUMNS = (
     "recipe",
@@ -29,18 +32,18 @@ _COLUMNS = (
     "total",
     "MaxVio",
     "specialisation",
-    "tokens/s",
+    "step time",
 )
 _INTERVALS = """intervals are 95 % t intervals over them, of a recipe's own figure and of its lead over the plain
 recipe seed by seed (above zero: better than plain). What this says holds for models of this size, trained this long."""
 _LEGEND = """compute: active parameters times tokens over the plain recipe's, counted on the judge's text; MaxVio: mean
-over layers; specialisation: bits that an expert's name tells of the domain, mean over layers; tokens/s: trained per
-second of processor time."""
+over layers; specialisation: bits that an expert's name tells of the domain, mean over layers; step time: processor
+time of a training step over the plain recipe's, timed in turns (its whole schedule in a few steps)."""
 
 
 @dataclass(frozen=True)
 class Standing:
-    """One recipe over all seeds. ``compute`` is active parameters times tokens, over the plain recipe's."""
+    """One recipe over all seeds; ``compute`` (active parameters times tokens) and ``step_time`` are over plain ones."""
 
     recipe: str
     steps: int
@@ -52,7 +55,7 @@ class Standing:
     compute: float
     max_violation: float
     specialisation: float
-    tokens_per_second: float
+    step_time: float
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -100,12 +103,28 @@ def standings(entered: Mapping[str, Recipe], seeds: Sequence[int], advance: Adva
     for number, (key, recipe) in enumerate(matched.items()):
         advance(number, len(matched))
         found[key] = [play(recipe, seed) for seed in seeds]
-    plain = found[BASE]
-    rows = [_standing(key, matched[key], found[key], plain, matched[BASE]) for key in matched]
+    plain, pace = found[BASE], paces(matched)
+    rows = [_standing(key, matched[key], found[key], plain, matched[BASE], pace[key]) for key in matched]
     return sorted(rows, key=lambda row: row.bits_per_byte.mean)
 
 
-def _standing(key: str, recipe: Recipe, runs: Sequence[Mapping[str, Any]], plain: Any, base: Recipe) -> Standing:
+def paces(entered: Mapping[str, Recipe]) -> dict[str, float]:
+    """Processor time of a training step over the plain recipe's: the median of rounds in which all take turns."""
+    rounds = [{key: _pace(recipe) for key, recipe in entered.items()} for _ in range(ROUNDS)]
+    return {key: median(one[key] / one[BASE] for one in rounds) for key in entered}
+
+
+def _pace(recipe: Recipe) -> float:
+    """Seconds of processor time that a step takes, the first left out."""
+    ended: list[float] = []
+    brief = recipe.with_options(steps=PACE + 1, seed=0)
+    carry_out(brief, batches(brief), after_step=lambda *_: ended.append(time.process_time()))
+    return (ended[-1] - ended[0]) / PACE
+
+
+def _standing(
+    key: str, recipe: Recipe, runs: Sequence[Mapping[str, Any]], plain: Any, base: Recipe, pace: float
+) -> Standing:
     def mean(figure: str) -> float:
         return sum(float(run[figure]) for run in runs) / len(runs)
 
@@ -122,7 +141,7 @@ def _standing(key: str, recipe: Recipe, runs: Sequence[Mapping[str, Any]], plain
         compute=active * tokens / usual,
         max_violation=mean("max_violation"),
         specialisation=mean("specialisation"),
-        tokens_per_second=tokens / mean("processor_seconds"),
+        step_time=pace,
     )
 
 
@@ -141,7 +160,7 @@ def markdown(rows: Sequence[Standing], seeds: Sequence[int], about: str) -> str:
     for row in rows:
         lines.append(
             f"| {row.recipe} | {row.bits_per_byte} | {row.lead} | {row.compute:.2f} | {row.steps} | {row.active:,} | "
-            f"{row.total:,} | {row.max_violation:.2f} | {row.specialisation:.3f} | {row.tokens_per_second:,.0f} |"
+            f"{row.total:,} | {row.max_violation:.2f} | {row.specialisation:.3f} | {row.step_time:.2f} |"
         )
     lines += [
         "",

@@ -150,9 +150,8 @@ def _optimizer(parameters: Mapping[str, nn.Parameter], options: TrainOptions) ->
     wide = [p for p in parameters.values() if p.dim() > 1]
     narrow = [p for p in parameters.values() if p.dim() <= 1]
     groups = [{"params": wide, "weight_decay": options.weight_decay}, {"params": narrow, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=options.learning_rate, betas=options.betas, eps=options.eps
-    )
+    kept = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(kept, lr=options.learning_rate, betas=options.betas, eps=options.eps, fused=True)
 
 
 def _trainer_class() -> Any:
@@ -211,7 +210,7 @@ def _resume(
         if f"m/{name}" not in tensors:
             continue
         optimizer.state[parameter] = {
-            "step": tensors[f"n/{name}"],
+            "step": tensors[f"n/{name}"].to(parameter.device),
             "exp_avg": tensors[f"m/{name}"].to(parameter.device),
             "exp_avg_sq": tensors[f"v/{name}"].to(parameter.device),
         }

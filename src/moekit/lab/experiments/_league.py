@@ -30,6 +30,7 @@ from moekit.lab.experiments._building import gap, means
 from moekit.lab.experiments._outer_training import draws
 from moekit.nn import max_violation
 from moekit.nn.experts import Experts
+from moekit.train import Batches
 from moekit.train.loop import Record
 from moekit.train.recipe import Recipe, Training, carry_out
 
@@ -123,13 +124,17 @@ def at_hand(recipe: Recipe, seed: int) -> Any:
 def trained(recipe: Recipe, after_step: AfterStep | None = None) -> tuple[Any, dict[str, Any]]:
     """The recipe's model, trained, and how the training went."""
     started = time.process_time()
-    batches = draws(recipe.options.seed, recipe.batch * recipe.length, dict.fromkeys(DOMAINS, 1 / len(DOMAINS)))
-    model, record = carry_out(recipe, batches, after_step=after_step)
+    model, record = carry_out(recipe, batches(recipe), after_step=after_step)
     return model.eval(), {
         "recipe": {"model": dict(recipe.model), "train": asdict(recipe.options), "schedule": list(recipe.schedule)},
         "processor_seconds": round(time.process_time() - started, 1),
         "course": {name: thinned(values) for name, values in {"loss": record.losses, **record.parts}.items()},
     }
+
+
+def batches(recipe: Recipe) -> Batches:
+    """Every step's rows: all domains in equal parts, the same for all recipes of one seed."""
+    return draws(recipe.options.seed, recipe.batch * recipe.length, dict.fromkeys(DOMAINS, 1 / len(DOMAINS)))
 
 
 def thinned(values: Sequence[float], points: int = 30) -> list[float]:
