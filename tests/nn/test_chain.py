@@ -91,6 +91,17 @@ def test_views_by_one_of_several_routers_are_refused():
     assert len(seen) == 2  # both passes through the one router
 
 
+def test_every_pass_is_looked_at_by_itself():
+    chained, seen = model(wiring={"kind": "chain", "passes": 2}), []
+    views = moekit.blocks(chained, shared=True)
+    assert [view.name for view in views[:2]] == ["model.layers.0.mlp", "model.layers.0.wiring.later.0"]
+    assert {view.layer for view in views} == {0, 1}
+    with views[1].observe(seen.append), torch.no_grad():
+        load = chained(torch.randint(0, 40, (2, 7))).expert_load[1]
+    (second,) = seen
+    assert torch.equal(torch.bincount(second.routing.expert.flatten(), minlength=len(load)), load)
+
+
 class Silent(nn.Module):
     def forward(self, x, expert, weight):
         return torch.zeros_like(x)

@@ -1,6 +1,7 @@
 """Layers that choose from one bank of experts."""
 
 import copy
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -88,6 +89,21 @@ def test_views_of_single_layers_are_refused():
     with pytest.raises(UnsupportedModelError, match=says):
         blocks(model(2))
     assert len(blocks(model(1))) == 4
+
+
+def test_each_layer_of_a_bank_is_looked_at_by_itself():
+    lm, seen = model(2, others=["zero"]), []
+    views = blocks(lm, shared=True)
+    assert [view.name for view in views] == [f"model.layers.{n}.mlp" for n in range(4)]
+    assert views[0].experts is views[1].experts
+    with ExitStack() as stack, torch.no_grad():
+        for view in views:
+            stack.enter_context(view.observe(seen.append))
+        load = lm(IDS).expert_load
+    assert [one.block.name for one in seen] == [view.name for view in views]
+    for one, count in zip(seen, load, strict=True):
+        chosen = one.routing.expert[one.routing.used]
+        assert torch.equal(torch.bincount(chosen, minlength=2 * N), count[: 2 * N])
 
 
 def test_bad_options():

@@ -39,7 +39,7 @@ def layer_plans(draw: st.DrawFn, num_experts: int | None = None, bits: bool = Tr
 
 
 def checkpoint(num_experts: int = 8, top_k: int = 2, groups: tuple[int, int] | None = None) -> SimpleNamespace:
-    layer = SimpleNamespace(name=NAME, num_experts=num_experts, top_k=top_k, groups=groups)
+    layer = SimpleNamespace(name=NAME, num_experts=num_experts, top_k=top_k, groups=groups, users=1)
     return SimpleNamespace(fingerprint="f" * 64, moe_layers=(layer,))
 
 

@@ -30,17 +30,23 @@ _WHOLE_BLOCKS = {"JetMoeMoE", "JetMoeMoA", "DogeCDMoE"}
 _ROUTER_NAMES = ("gate", "router", "router_gate")
 
 
-def blocks(model: nn.Module, *, attention: bool = False) -> list[MoEBlock]:
+def blocks(model: nn.Module, *, attention: bool = False, shared: bool = False) -> list[MoEBlock]:
     """Every MoE feed-forward block of ``model``, in layer order; with ``attention``, its attention experts too.
 
-    Raises :class:`UnsupportedModelError` for a dense model, a family in ``UNSUPPORTED``, layers that share their
-    experts or have several routers, or a router that no recipe and no entry of ``deviants`` describes.
+    ``shared``, for those who change nothing: also where several routers choose from one bank of experts (layers that
+    share it, passes over one layer), a block for each. What is done to the experts of one is done to all of them.
+
+    Raises :class:`UnsupportedModelError` for a dense model, a family in ``UNSUPPORTED``, several routers over one bank
+    unless ``shared``, or a router that no recipe and no entry of ``deviants`` describes.
     """
     family = type(model).__module__.split(".")[-2] if "." in type(model).__module__ else ""
     if family in UNSUPPORTED:
         raise UnsupportedModelError(f"{family} is not supported: {UNSUPPORTED[family]}")
-    _check_own(model)
+    if not shared:
+        _check_own(model)
     found = [_block(model, name, layout) for name, layout in _experts(model) if attention or not layout.attention]
+    if shared:
+        found = _with_sharers(model, found)
     if not found:
         config = getattr(model, "config", None)
         count = config is not None and num_experts(config)
@@ -62,15 +68,15 @@ def _check_own(model: nn.Module) -> None:
     shared = next((names for names in holders.values() if len(names) > 1), None)
     if shared is not None:
         raise UnsupportedModelError(
-            f"{shared[0]} and {shared[1]} are one bank of experts: layers that share experts can be trained and run, "
-            "but not looked at or changed one by one"
+            f"{shared[0]} and {shared[1]} are one bank of experts: layers that share experts can be trained, run and "
+            "looked at, but not changed one by one"
         )
     for name, module in model.named_modules():
         used = getattr(module, "experts", None)
         if id(used) in holders and "experts" not in module._modules:
             raise UnsupportedModelError(
-                f"{name} routes to {holders[id(used)][0]} too: layers with several routers can be trained and run, but "
-                "not looked at or changed by one of them"
+                f"{name} routes to {holders[id(used)][0]} too: layers with several routers can be trained, run and "
+                "looked at, but not changed by one of them"
             )
 
 
@@ -82,8 +88,19 @@ def _experts(model: nn.Module) -> Iterator[tuple[str, Layout]]:
             yield name, named(module, _count(module))
         elif "shared" in name.rpartition(".")[2]:
             continue
-        elif isinstance(down, Tensor) and down.dim() == 3 and _router_of(model, name) is not None:
+        elif isinstance(down, Tensor) and down.dim() == 3 and _router_of(_parent(model, name)[1]) is not None:
             yield name, Stacked(module, down.shape[0])
+
+
+def _with_sharers(model: nn.Module, found: list[MoEBlock]) -> list[MoEBlock]:
+    """These blocks and one for every other module that calls the experts of one of them, in the model's order."""
+    owners = {id(block.experts): block for block in found}
+    every = {block.name: block for block in found}
+    for path, module in model.named_modules():
+        owner = owners.get(id(getattr(module, "experts", None)))
+        if owner is not None and module is not owner.module and _router_of(module) is not None:
+            every[path] = _at(model, path, module, owner.layout)
+    return [every[path] for path, _ in model.named_modules() if path in every]
 
 
 def _count(module: nn.Module) -> int:
@@ -105,8 +122,7 @@ def _parent(model: nn.Module, name: str) -> tuple[str, nn.Module]:
     return path, model.get_submodule(path)
 
 
-def _router_of(model: nn.Module, name: str) -> nn.Module | None:
-    _, parent = _parent(model, name)
+def _router_of(parent: nn.Module) -> nn.Module | None:
     children = dict(parent.named_children())
     named = [children[n] for n in _ROUTER_NAMES if n in children]
     alike = [c for c in children.values() if type(c).__name__.endswith(("Router", "Gate", "Gating"))]
@@ -115,15 +131,21 @@ def _router_of(model: nn.Module, name: str) -> nn.Module | None:
 
 def _block(model: nn.Module, name: str, layout: Layout) -> MoEBlock:
     path, parent = _parent(model, name)
-    gate = _router_of(model, name)
-    if gate is None:
+    if _router_of(parent) is None:
         raise UnsupportedModelError(
             f"{name} ({type(layout.module).__name__}) has experts but no router beside it: expected a sibling called "
             f"{' or '.join(_ROUTER_NAMES)}"
         )
+    return _at(model, path, parent, layout)
+
+
+def _at(model: nn.Module, path: str, parent: nn.Module, layout: Layout) -> MoEBlock:
+    """The block of the module at ``path``, which holds a router."""
+    gate = _router_of(parent)
+    assert gate is not None
     return MoEBlock(
         path,
-        next((int(part) for part in name.split(".") if part.isdigit()), 0),
+        next((int(part) for part in path.split(".") if part.isdigit()), 0),
         parent,
         layout.module,
         layout,

@@ -110,6 +110,8 @@ class Observer:
         self._seen |= {"x": x_TH, "context": context, "output": output}
 
     def _after_experts(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if "output" not in self._seen:
+            return  # another block called the experts that both share
         call = (*args, *kwargs.values())
         expert, weight = self.block.router.read_call(call)
         self._emit(call[0].reshape(-1, call[0].shape[-1]), expert, weight)

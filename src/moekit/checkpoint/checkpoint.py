@@ -127,6 +127,11 @@ class Checkpoint:
         """Why this family's number of experts cannot be changed, or None where it can."""
         return self.structure.fixed_count
 
+    @property
+    def own_class(self) -> bool:
+        """Whether the model's class is moekit's own, which transformers knows once moekit is imported."""
+        return type(self.transformers_config).__module__.split(".")[0] == __name__.split(".")[0]
+
     def layer(self, name: str) -> MoELayer:
         """The MoE layer of that name."""
         for layer in self.moe_layers:

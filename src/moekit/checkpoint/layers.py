@@ -90,6 +90,10 @@ class MoELayer:
     def intermediate_size(self) -> int:
         return self.shape.intermediate_size
 
+    @property
+    def users(self) -> int:
+        return self.shape.users
+
     def of(self, expert: int) -> Iterator[ExpertTensor]:
         """The tensors that hold one expert (stacked ones hold them all)."""
         return (t for t in self.expert_tensors if t.expert in (None, expert))

@@ -2,17 +2,20 @@
 
 The class is built twice on the meta device, with its own number of experts and with a larger one. Every parameter
 whose shape differs has an axis that counts experts; every parameter that only the larger model has belongs to a list
-of expert modules. Nothing here knows a family by name.
+of expert modules. Nothing here knows a family by name. Where that does not tell (the class cannot be built with
+more, or grows otherwise), the blocks of the model itself do, and its number of experts stays.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedModel
 
+from moekit.blocks import blocks
 from moekit.errors import UnsupportedModelError
 
 Shape = tuple[int, ...]
@@ -50,9 +53,18 @@ class Role:
     transposed: bool = False
 
 
-def find_roles(model: PreTrainedModel, larger: PreTrainedModel, step: int) -> tuple[dict[str, Role], dict[str, int]]:
-    """The role of every per-expert parameter of ``model``, given the same with ``step`` more experts; and each MoE
-    layer's number of experts, by the path of the module that holds them, in the model's order.
+@dataclass(frozen=True)
+class Roles:
+    """The role of every per-expert parameter; and each MoE layer's number of experts, by the path of the module that
+    holds them, in the model's order. ``users``: how many routers choose from a layer's experts, where several do."""
+
+    roles: Mapping[str, Role]
+    counts: Mapping[str, int]
+    users: Mapping[str, int] = field(default_factory=dict)
+
+
+def find_roles(model: PreTrainedModel, larger: PreTrainedModel, step: int) -> Roles:
+    """The roles in ``model``, given the same with ``step`` more experts.
 
     Raises:
         UnsupportedModelError: a parameter grows with the experts in a way that is not understood.
@@ -71,7 +83,35 @@ def find_roles(model: PreTrainedModel, larger: PreTrainedModel, step: int) -> tu
         if role.part == "down":
             own = shapes[name][role.axis] // role.rows if role.expert is None else role.expert + 1
             counts[role.layer] = max(counts.get(role.layer, 0), own)
-    return {name: _complete(name, role, shapes[name], counts) for name, role in roles.items()}, counts
+    return Roles({name: _complete(name, role, shapes[name], counts) for name, role in roles.items()}, counts)
+
+
+def live_roles(model: PreTrainedModel, reason: UnsupportedModelError) -> Roles:
+    """The roles of stacked experts alone, as the model's blocks have them: what surrounds experts has none.
+
+    Raises:
+        UnsupportedModelError: ``reason``, where the blocks are not understood either or their experts do not lie
+            stacked.
+    """
+    try:
+        found = blocks(model, shared=True)
+    except UnsupportedModelError:
+        raise reason from None
+    users = Counter(id(block.experts) for block in found)
+    held = {id(module): path for path, module in model.named_modules()}
+    roles, counts, shared = dict[str, Role](), dict[str, int](), dict[str, int]()
+    for block in found:
+        layer = held[id(block.experts)].removesuffix(".experts")
+        counts[layer], shared[layer] = block.num_experts, users[id(block.experts)]
+        for name, parameter in block.experts.named_parameters():
+            leaf = _leaf(name)
+            if leaf is None or parameter.shape[0] != block.num_experts:
+                raise UnsupportedModelError(
+                    f"{layer} keeps its {block.num_experts} experts in {name} {list(parameter.shape)}, which does not "
+                    "lie expert by expert: such a model can be trained, run and profiled, but not taken apart on disk"
+                )
+            roles[f"{layer}.experts.{name}"] = Role(layer, leaf[0], transposed=leaf[1])
+    return Roles(roles, counts, shared)
 
 
 def _of_lists(shapes: Mapping[str, Shape], others: Mapping[str, Shape]) -> list[str]:

@@ -107,7 +107,12 @@ def grown(config: PretrainedConfig) -> tuple[PretrainedConfig, int] | None:
     return (config, step) if fields else None
 
 
-def _counts(value: object) -> bool:
-    """Whether a field holds a number of experts, or one for each layer."""
+def names_experts(config: PretrainedConfig) -> bool:
+    """Whether a config asks for experts at all, be it one."""
+    return any(_counts(vars(part).get(name), least=1) for part in nested(config) for name in COUNT_FIELDS)
+
+
+def _counts(value: object, least: int = 2) -> bool:
+    """Whether a field holds a number of experts from ``least`` on, or one for each layer."""
     values = value if isinstance(value, list) else [value]
-    return bool(values) and all(type(one) is int for one in values) and max(values) > 1
+    return bool(values) and all(type(one) is int for one in values) and max(values) >= least

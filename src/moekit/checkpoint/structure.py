@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from moekit.checkpoint import skeleton
-from moekit.checkpoint.roles import Role, find_roles
+from moekit.checkpoint.roles import Role, Roles, find_roles, live_roles
 from moekit.errors import CheckpointError, UnsupportedModelError
 
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "moe_top_k", "top_k")
@@ -30,7 +30,8 @@ class LayerShape:
     """The experts of one layer as the model class holds them.
 
     ``name`` is the path of the module that holds the experts, ``layer`` the index of its decoder layer. ``gated``:
-    gate and up; ``interleaved``: their rows alternate; ``transposed``: matrices lie [in, out].
+    gate and up; ``interleaved``: their rows alternate; ``transposed``: matrices lie [in, out]. ``users``: how many
+    routers choose from these experts for one token (layers or passes that share them).
     """
 
     name: str
@@ -44,6 +45,7 @@ class LayerShape:
     interleaved: bool
     transposed: bool
     biased: bool
+    users: int = 1
 
 
 @dataclass(frozen=True)
@@ -72,37 +74,49 @@ def structure(config: PretrainedConfig) -> Structure:
 
 
 def _derive(config: PretrainedConfig) -> Structure:
+    if not skeleton.names_experts(config):
+        raise CheckpointError(
+            f"{config.model_type} with this config is a dense model: it has no experts for moekit to work on"
+        )
+    model = skeleton.build(config)
+    try:
+        found, fixed_count = _grown(model, config)
+    except UnsupportedModelError as reason:
+        found, fixed_count = live_roles(model, reason), str(reason)
+    parts = _parts(model, found.roles)
+    shapes = {name: _shape(model, name, found, *parts[name]) for name in found.counts}
+    return Structure(model, found.roles, shapes, fixed_count)
+
+
+def _grown(model: PreTrainedModel, config: PretrainedConfig) -> tuple[Roles, str | None]:
+    """What a larger model of the class tells, and why the number of experts cannot change, where it cannot."""
     kind = config.model_type
     larger = skeleton.grown(config)
     if larger is None:
-        raise CheckpointError(f"{kind} with this config is a dense model: it has no experts for moekit to work on")
-    model = skeleton.build(config)
+        raise UnsupportedModelError(f"{kind} with this config has one expert in every layer")
     try:
         bigger = skeleton.build(larger[0])
     except Exception as error:
         raise UnsupportedModelError(f"{kind} cannot be built with {larger[1]} more experts: {error}") from None
-    roles, counts = find_roles(model, bigger, larger[1])
-    if not counts:
-        raise CheckpointError(f"{kind} with this config is a dense model: none of its layers has experts")
-    roles, counts, fixed_count = _feed_forward_only(roles, counts)
-    parts = _parts(model, roles)
-    shapes = {name: _shape(model, name, count, *parts[name]) for name, count in counts.items()}
-    return Structure(model, roles, shapes, fixed_count)
+    found = find_roles(model, bigger, larger[1])
+    if not found.counts:
+        raise UnsupportedModelError(f"{kind} with this config: none of its layers has experts that can be told apart")
+    if (groups := getattr(config, "expert_step", 1)) > 1:
+        return found, f"the router chooses from {groups} groups, all of one size"
+    return _feed_forward_only(found)
 
 
-def _feed_forward_only(
-    roles: dict[str, Role], counts: dict[str, int]
-) -> tuple[dict[str, Role], dict[str, int], str | None]:
+def _feed_forward_only(found: Roles) -> tuple[Roles, str | None]:
     """Leave out experts of attention projections, which have no block of their own; they pin the shared count."""
-    attention = [name for name in counts if re.search(r"att(entio)?n$", name)]
-    roles = {name: role for name, role in roles.items() if role.layer not in attention}
-    counts = {name: count for name, count in counts.items() if name not in attention}
+    attention = [name for name in found.counts if re.search(r"att(entio)?n$", name)]
+    roles = {name: role for name, role in found.roles.items() if role.layer not in attention}
+    counts = {name: count for name, count in found.counts.items() if name not in attention}
     if attention:
-        return roles, counts, f"the same count sizes the attention experts of {attention[0]}"
+        return Roles(roles, counts), f"the same count sizes the attention experts of {attention[0]}"
     unrouted = [name for name in counts if not any(r.layer == name and r.part == "row" for r in roles.values())]
     if unrouted:
-        return roles, counts, f"the router of {unrouted[0]} has no row per expert (product keys)"
-    return roles, counts, None
+        return Roles(roles, counts), f"the router of {unrouted[0]} has no row per expert (product keys)"
+    return Roles(roles, counts), None
 
 
 _Parts = dict[str, tuple[int, ...]]
@@ -121,7 +135,7 @@ def _parts(model: PreTrainedModel, roles: Mapping[str, Role]) -> dict[str, tuple
     return found
 
 
-def _shape(model: PreTrainedModel, name: str, count: int, parts: _Parts, down_turned: bool) -> LayerShape:
+def _shape(model: PreTrainedModel, name: str, found: Roles, parts: _Parts, down_turned: bool) -> LayerShape:
     first = parts.get("gate_up") or parts.get("up") or ()
     down = parts.get("down", ())
     if len(first) != 2 or len(down) != 2:
@@ -138,7 +152,7 @@ def _shape(model: PreTrainedModel, name: str, count: int, parts: _Parts, down_tu
     return LayerShape(
         name=name,
         layer=layer,
-        num_experts=count,
+        num_experts=found.counts[name],
         top_k=_top_k(config, model.config, layer),
         groups=_groups(config),
         hidden_size=hidden,
@@ -147,6 +161,7 @@ def _shape(model: PreTrainedModel, name: str, count: int, parts: _Parts, down_tu
         interleaved=not getattr(module, "is_concatenated", True),
         transposed=transposed,
         biased=any(part.endswith("_bias") for part in parts),
+        users=found.users.get(name, 1),
     )
 
 

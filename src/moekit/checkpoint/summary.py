@@ -114,7 +114,8 @@ def _idle(checkpoint: Checkpoint, layer: MoELayer) -> int:
     shape = layer.shape
     rows = shape.intermediate_size * (3 if shape.gated else 2)
     bias = shape.intermediate_size * (2 if shape.gated else 1) + shape.hidden_size if shape.biased else 0
-    return (layer.num_experts - min(layer.top_k, layer.num_experts)) * (rows * shape.hidden_size + bias)
+    used = min(layer.top_k * shape.users, layer.num_experts)
+    return (layer.num_experts - used) * (rows * shape.hidden_size + bias)
 
 
 def _layer(checkpoint: Checkpoint, layer: MoELayer) -> LayerSummary:

@@ -57,6 +57,7 @@ def recover(
     tokenizer = checkpoint.tokenizer()
     rows = token_rows(read_texts(text, tokenizer), tokenizer, training.length)
     with _show.progress(f"recover {compressed}") as advance:
+        own = is_packed(checkpoint) or checkpoint.own_class
         done = carry_out(
             checkpoint,
             against,
@@ -68,7 +69,7 @@ def recover(
             batch_size=training.batch,
             device=training.device,
             overwrite=overwrite,
-            check=lambda folder: reload_in_fresh_process(folder, with_moekit=is_packed(checkpoint)),
+            check=lambda folder: reload_in_fresh_process(folder, with_moekit=own),
             progress=advance,
         )
     report = {**done.as_dict(), "output": str(output)}

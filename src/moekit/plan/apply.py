@@ -192,7 +192,7 @@ class _Run:
         room = self.cap.limit if self.cap.limit is not None else memory.free_memory()
         excused = self._said_of_the_source() if problems(dry) else frozenset()
         if need < room:
-            own = self.production.target.format == "moekit"
+            own = self.production.target.format == "moekit" or self.checkpoint.own_class
             return reload_in_fresh_process(folder, with_moekit=own, excused=excused)
         if found := [one for one in problems(dry) if one not in excused]:
             raise OutputError(f"{folder} is not published: stock transformers would load it with {found[0]}")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
-from moekit.errors import PlanError
+from moekit.errors import PlanError, UnsupportedModelError
 from moekit.formats import WIDTHS
 from moekit.plan.layer import LayerPlan, Row, StoredExpert
 
@@ -25,6 +25,7 @@ def check_plan(plan: Plan, checkpoint: Checkpoint) -> None:
             f"the plan is for another model (fingerprint {plan.source[:12]}, this one has "
             f"{checkpoint.fingerprint[:12]}): make a plan from this checkpoint"
         )
+    check_routers(checkpoint.moe_layers)
     layers = {layer.name: layer for layer in checkpoint.moe_layers}
     for name, layer in plan.layers.items():
         if name not in layers:
@@ -36,6 +37,16 @@ def check_plan(plan: Plan, checkpoint: Checkpoint) -> None:
                 f"layer {name}: the plan is for {layer.num_experts} experts, the model has {found.num_experts}"
             )
         check_layer(name, layer, top_k=found.top_k, groups=found.groups)
+
+
+def check_routers(layers: Iterable[Any]) -> None:
+    """UnsupportedModelError where several routers choose from the experts of one of these layers of a checkpoint."""
+    for layer in layers:
+        if layer.users > 1:
+            raise UnsupportedModelError(
+                f"{layer.users} routers choose from the experts of {layer.name}, and a plan is for one router and its "
+                "experts: such a model can be trained, run and profiled, but not compressed"
+            )
 
 
 def check_layer(name: str, layer: LayerPlan, *, top_k: int = 1, groups: tuple[int, int] | None = None) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from moekit.plan.budget import Budget, Size, budget_of
 from moekit.plan.candidates import Candidate
+from moekit.plan.check import check_routers
 from moekit.plan.cost import PRECISIONS, Precision, layer_cost
 from moekit.plan.document import Plan
 from moekit.plan.explain import explain, levers
@@ -100,8 +101,10 @@ def fit(
 
     Raises:
         BudgetError: no plan is small enough; names the smallest possible. ProfileError: the profile is of another model
-        or lacks a statistic. OptionError: not exactly one budget, or one out of range.
+        or lacks a statistic. OptionError: not exactly one budget, or one out of range. UnsupportedModelError: several
+        routers choose from the experts of one layer.
     """
+    check_routers(source.moe_layers)
     budget = budget_of(source, size=size, memory=memory, context=context, ratio=ratio)
     profile.check_source(source.fingerprint)
     profile.require(["counts", "output_energy"])

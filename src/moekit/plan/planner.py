@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 from moekit.errors import ProfileError
-from moekit.plan.check import check_layer
+from moekit.plan.check import check_layer, check_routers
 from moekit.plan.document import LayerPlan, Plan
 from moekit.plan.recombine import recombined
 from moekit.plan.resume import planned_layers
@@ -29,13 +29,14 @@ Evaluate = Callable[[Plan], float]
 @dataclass(frozen=True)
 class Site:
     """One MoE layer as planners see it. ``groups`` is (groups, groups a token may use) or None; ``extra`` marks a
-    prediction layer that no text runs through."""
+    prediction layer that no text runs through; ``users`` counts the routers that choose from its experts."""
 
     name: str
     num_experts: int
     top_k: int
     groups: tuple[int, int] | None = None
     extra: bool = False
+    users: int = 1
 
     @property
     def num_groups(self) -> int:
@@ -171,6 +172,8 @@ class PlannedSource:
 
 
 def sites_of(source: Source) -> list[Site]:
+    """The layers of a source; raises :class:`UnsupportedModelError` where several routers share their experts."""
+    check_routers(source.moe_layers)
     return [Site(m.name, m.num_experts, m.top_k, m.groups, m.extra) for m in source.moe_layers]
 
 

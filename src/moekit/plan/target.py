@@ -96,16 +96,22 @@ def make_target(checkpoint: Checkpoint, plan: Plan, format: str = "auto", materi
     plans = {
         layer.name: plan.layer(layer.name, layer.num_experts) for layer in checkpoint.moe_layers if not layer.extra
     }
-    format = ("moekit" if own else _choose(plans)) if format == "auto" else format
+    fixed = checkpoint.fixed_count
+    if all(len(plans[layer.name].rows) == layer.num_experts for layer in _live(checkpoint)):
+        fixed = None
+    if format == "auto":
+        format = "moekit" if own or fixed else _choose(plans)
     dense = quantised and (format == "compressed-tensors" or not all(map(_as_it_was, plans.values())))
     layers: dict[str, LayerTarget] = {}
     if format == "moekit":
-        wide = len({len(layer.rows) for layer in plans.values()}) > 1
+        wide = fixed is not None or len({len(layer.rows) for layer in plans.values()}) > 1
         for layer in _live(checkpoint):
             described = checkpoint.scheme.described(layer.name)
             layers[layer.name] = _packed(layer, plans[layer.name], wide, dense, described is not None)
         dense = not any(layer.own for layer in layers.values()) if own else dense
     else:
+        if fixed is not None:
+            raise PlanError(f"the number of router rows cannot change ({fixed}); use --format moekit, which keeps all")
         _check_bits(plans, format)
         if not materialise:
             _check_stock(plans)
@@ -216,6 +222,12 @@ def _packed(layer: MoELayer, plan: LayerPlan, wide: bool, dense: bool, own: bool
     """``own``: the source holds this layer in moekit's format already."""
     if wide:
         plan = _widened(plan, layer)
+    moved = (s >= 0 and row != ((at, 1.0),) for at, (row, s) in enumerate(zip(plan.rows, plan.slots, strict=True)))
+    if not layer.row_tensors and any(moved):
+        raise PlanError(
+            f"the router of {layer.name} has no row per expert on disk that could be blended or moved: keep the rows "
+            "of the experts that stay"
+        )
     if own and _as_it_was(plan):
         style = "select"
     elif not _in_family_layout(plan):

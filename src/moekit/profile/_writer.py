@@ -27,7 +27,7 @@ class Writer:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval()
-        self.blocks = blocks(model)
+        self.blocks = blocks(model, shared=True)
         self._device = next(model.parameters()).device
         self._cache: Any = None
         self._open = ExitStack()

@@ -69,7 +69,7 @@ def degeneracy(model: PreTrainedModel, sequences: Sequence[np.ndarray], seed: in
 
 def usage_std(model: PreTrainedModel, sequences: Sequence[np.ndarray]) -> float:
     """Standard deviation over experts of their shares of all (token, slot) pairs, mean over layers."""
-    seen = blocks(model)
+    seen = blocks(model, shared=True)
     used = [torch.zeros(block.num_experts, dtype=torch.float64) for block in seen]
 
     def count(index: int, observation: Observation) -> None:

@@ -90,7 +90,7 @@ def profile(
     quota, after = Quota(sample, balanced), then or (lambda runner: 0)
 
     def beside(runner: StreamedModel) -> Beside:
-        return kept_bytes(find_blocks(runner.model), names, quota), after(runner)
+        return kept_bytes(find_blocks(runner.model, shared=True), names, quota), after(runner)
 
     subject = _subject(model, tokenizer, device, max_ram, beside)
     runner, domains = subject.runner, tuple(documents)
@@ -216,7 +216,7 @@ def _fingerprint(model: PreTrainedModel) -> str:
 
 
 def _moe_blocks(subject: _Subject) -> list[Any]:
-    found = find_blocks(subject.runner.model)
+    found = find_blocks(subject.runner.model, shared=True)
     if subject.runner.model.config.is_encoder_decoder:
         raise UnsupportedModelError(
             f"{subject.name} is an encoder-decoder model: only decoder-only models can be profiled"

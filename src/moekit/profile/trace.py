@@ -141,7 +141,7 @@ class TraceRecorder:
 
     def __init__(self, model: PreTrainedModel, *, inputs: bool = False, scores: bool = False) -> None:
         self.model, self._wants = model, {"inputs": inputs, "scores": scores}
-        self.blocks = blocks(model)
+        self.blocks = blocks(model, shared=True)
         self.domain = "text"
         self._rows: list[dict[str, Any]] = []
         self._seen: list[Observation] = []
