@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moekit import lab
 from moekit.blocks import blocks
 from moekit.checkpoint import Checkpoint
+from moekit.cli._app import main
 from moekit.compress import method
 from moekit.errors import PlanError, UnsupportedModelError
 from moekit.plan import apply, fit, make_plan, verify
@@ -103,3 +104,17 @@ def test_experts_of_several_routers_are_not_compressed(key, saved):
         make_plan([method("random:keep=0.5")], checkpoint)
     with pytest.raises(UnsupportedModelError, match=says):
         fit(checkpoint, profile(checkpoint.path, TEXT, **READ), ratio=0.5)
+
+
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        ("chain-of-experts", "cannot: compress, fit: 2 routers choose from one bank of experts"),
+        ("comet-gate", "cannot: drop router rows: model.layers.0.mlp.gate.scorer.permutation"),
+    ],
+)
+def test_inspect_says_what_cannot_be_done(key, saved, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["inspect", str(saved(key))])
+    assert left.value.code in (0, None)
+    assert says in capsys.readouterr().out

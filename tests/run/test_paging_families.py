@@ -11,6 +11,7 @@ from moekit.checkpoint import Checkpoint
 from moekit.errors import UnsupportedModelError
 from moekit.run.paging import load, paging
 from moekit.stream import LoadedModel
+from moekit.train.recipe import Recipe
 
 UNPAGEABLE = {
     *("dbrx", "doge", "jetmoe", "llama4", "switch_transformers", "longcat_flash", "step3p7"),  # not stacked as usual
@@ -37,9 +38,21 @@ def squeeze(model):
 def test_bit_for_bit_with_one_expert_in_memory(family, tmp_path):
     model, inputs = families.build(family)
     model.save_pretrained(tmp_path)
-    resident = LoadedModel.load(Checkpoint.open(tmp_path)).model
+    one_at_a_time(tmp_path, inputs)
+
+
+@pytest.mark.parametrize("key", ["house", "moge", "comet-gate", "chain-of-experts", "rexmoe"])
+def test_architectures_of_recipes_too(key, tmp_path):
+    torch.manual_seed(0)
+    Recipe.read(key).build().save_pretrained(tmp_path)
+    one_at_a_time(tmp_path, {"input_ids": torch.randint(0, 250, (2, 9), generator=torch.Generator().manual_seed(1))})
+
+
+def one_at_a_time(folder, inputs):
+    """Experts of a checkpoint paged, all of them there and then a single one, compared with those in memory."""
+    resident = LoadedModel.load(Checkpoint.open(folder)).model
     resident.set_experts_implementation("moekit")
-    paged = load(tmp_path)
+    paged = load(folder)
     expected = logits(resident, inputs)
     assert torch.equal(logits(paged, inputs), expected)
     store = squeeze(paged)

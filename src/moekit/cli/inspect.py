@@ -88,6 +88,12 @@ def _abilities(checkpoint: "Checkpoint") -> tuple[list[str], dict[str, str]]:
 
     can = ["profile", f"compress with {', '.join(methods())}", "fit", "verify"]
     cannot = {}
+    users = max(layer.users for layer in checkpoint.moe_layers)
+    if users > 1:
+        can = ["profile"]
+        cannot["compress, fit"] = f"{users} routers choose from one bank of experts, and a plan is for one router"
+    elif checkpoint.fixed_count:
+        cannot["drop router rows"] = f"{checkpoint.fixed_count}: those of dropped experts stay, masked"
     if checkpoint.scheme.config:
         kind = checkpoint.scheme.config.get("quant_method", "quantised")
         cannot["keep the published packing of experts that change"] = f"{kind} weights are decoded before they change"

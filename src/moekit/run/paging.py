@@ -183,13 +183,13 @@ def load(
     warm_up(dtype or checkpoint.scheme.dtype)
 
     def beside(model: PreTrainedModel) -> int:
-        return max(map(largest, blocks(model))) + working_bytes(model, checkpoint, context)
+        return max(map(largest, _banks(model))) + working_bytes(model, checkpoint, context)
 
     held = limit if away is None else None
     model = LoadedModel.load(
         checkpoint, dtype=dtype, device=where, absent=_expert_keys, beside=beside, max_ram=held
     ).model
-    found, reader = blocks(model), Reader(checkpoint.path, checkpoint.tensors, direct=True)
+    found, reader = _banks(model), Reader(checkpoint.path, checkpoint.tensors, direct=True)
     layers: Sequence[Tier] = [paged(checkpoint, reader, _layer(checkpoint, block), block) for block in found]
     stand_ins: StandIns | None = None
     if stand_in is not None and read is not None:
@@ -244,8 +244,17 @@ def _layer(checkpoint: Checkpoint, block: MoEBlock) -> MoELayer:
 
 def _expert_keys(model: PreTrainedModel) -> list[str]:
     """State-dict keys of the weights that are paged. Raises where they cannot be."""
-    names = {module: name for name, module in model.named_modules()}
-    return [f"{names[block.experts]}.{part}" for block in blocks(model) for part in paged_parameters(block)]
+    parts = {id(block.experts): paged_parameters(block) for block in _banks(model)}
+    named = model.named_modules(remove_duplicate=False)
+    return [f"{name}.{part}" for name, module in named for part in parts.get(id(module), ())]
+
+
+def _banks(model: PreTrainedModel) -> list[MoEBlock]:
+    """A block for every bank of experts; where several routers choose from one, that of the first."""
+    first: dict[int, MoEBlock] = {}
+    for block in blocks(model, shared=True):
+        first.setdefault(id(block.experts), block)
+    return list(first.values())
 
 
 def _install(model: PreTrainedModel, paging: Paging) -> None:

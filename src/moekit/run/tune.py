@@ -9,7 +9,6 @@ from typing import Literal
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moekit.blocks import blocks
 from moekit.errors import OptionError
 from moekit.run._predictors_gate import NextGate
 from moekit.run.answer import Cost, answer
@@ -85,7 +84,7 @@ def use(model: PreTrainedModel, choice: Choice) -> None:
     """Page a model's experts as a choice says, from now on and from an empty cache."""
     served = paging(model)
     served.store.clear(policy(choice.policy))
-    served.predictor = NextGate([block.choose for block in blocks(model)]) if choice.ahead else None
+    served.predictor = NextGate([block.choose for block in served.blocks]) if choice.ahead else None
     served.width = choice.ahead
 
 
