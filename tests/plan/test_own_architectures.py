@@ -113,7 +113,7 @@ def test_experts_of_several_routers_are_not_compressed(key, saved):
         ("comet-gate", "cannot: drop router rows: model.layers.0.mlp.gate.scorer.permutation"),
     ],
 )
-def test_inspect_says_what_cannot_be_done(key, saved, capsys):
+def test_inspect_says_what_cannot_be_done(key, says, saved, capsys):
     with pytest.raises(SystemExit) as left:
         main(["inspect", str(saved(key))])
     assert left.value.code in (0, None)
