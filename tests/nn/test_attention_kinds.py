@@ -13,7 +13,7 @@ from moekit.nn.flow import begin
 from moekit.nn.heads import Heads
 from moekit.nn.mixers import ATTENTIONS
 from moekit.nn.selected_heads import SelectedHeads
-from moekit.nn.stick_breaking import seen, stick_weights
+from moekit.nn.stick_breaking import StickWeights, seen
 
 CONFIG = SimpleNamespace(
     hidden_size=16, head_dim=4, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, vocab_size=9,
@@ -144,9 +144,15 @@ def test_selected_heads_refuse_scaled_positions() -> None:
         tiny(attention=HEADS["selected"], rope_parameters=scaled)
 
 
+def sticks(score: torch.Tensor) -> torch.Tensor:
+    """Stick-breaking weights, keys in the order of the text."""
+    score = score.masked_fill(~seen(None, *score.shape[-2:], score.device), -torch.inf)
+    return StickWeights.apply(score.flip(-1)).flip(-1)
+
+
 def test_stick_weights_equal_their_definition() -> None:
     score = torch.randn(2, 3, 5, 5)
-    weight = stick_weights(score, seen(None, 5, 5, score.device))
+    weight = sticks(score)
     share = score.sigmoid()
     for row in range(5):
         left = torch.ones(2, 3)
@@ -157,9 +163,15 @@ def test_stick_weights_equal_their_definition() -> None:
     assert (weight.triu(1) == 0).all()
 
 
+def test_stick_weights_have_the_gradient_of_their_definition() -> None:
+    score = torch.randn(2, 3, 6, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(sticks, (score,))
+    assert torch.autograd.gradcheck(sticks, (torch.randn(1, 2, 2, 5, dtype=torch.float64, requires_grad=True),))
+
+
 def test_stick_weights_stay_finite_where_scores_are_extreme() -> None:
     score = torch.full((1, 1, 4, 4), 300.0).requires_grad_()
-    weight = stick_weights(score, seen(None, 4, 4, score.device))
+    weight = sticks(score)
     torch.testing.assert_close(weight[0, 0], torch.eye(4))
     weight.sum().backward()
     assert score.grad.isfinite().all()
