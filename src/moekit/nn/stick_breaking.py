@@ -31,7 +31,7 @@ class StickWeights(torch.autograd.Function):
     def forward(ctx: Any, score_BNSK: Tensor) -> Tensor:
         score = score_BNSK.to(torch.promote_types(score_BNSK.dtype, torch.float32))
         log = F.softplus(score).cumsum(-1).neg_().add_(score)
-        weight = F.threshold_(log.clamp_(min=LEAST).exp_(), 2 * math.exp(LEAST), 0.0)
+        weight = torch.threshold_(log.clamp_(min=LEAST).exp_(), 2 * math.exp(LEAST), 0.0)
         ctx.save_for_backward(score, weight)
         return weight
 
@@ -59,10 +59,10 @@ def seen(mask: Tensor | None, queries: int, keys: int, device: torch.device) -> 
 def stick_breaking(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
-    """([B, S, N, D], weights [B, N, S, K] with the last key first); needs no positions: nearness decides."""
+    """([B, S, N, D], weights [B, N, S, K]); needs no positions: nearness decides. Keeps a score for every pair."""
     groups = query.shape[1] // key.shape[1]
     key, value = (t.flip(2).repeat_interleave(groups, dim=1) for t in (key, value))
     unseen = ~seen(mask, query.shape[2], key.shape[2], query.device).flip(-1)
     barred = torch.zeros(unseen.shape, dtype=query.dtype, device=query.device).masked_fill_(unseen, -torch.inf)
     weight = StickWeights.apply((query * scaling) @ key.transpose(2, 3) + barred).to(query.dtype)
-    return (weight @ value).transpose(1, 2).contiguous(), weight
+    return (weight @ value).transpose(1, 2).contiguous(), weight.flip(-1)
