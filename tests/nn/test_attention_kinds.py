@@ -13,7 +13,7 @@ from moekit.nn.flow import begin
 from moekit.nn.heads import Heads
 from moekit.nn.mixers import ATTENTIONS
 from moekit.nn.selected_heads import SelectedHeads
-from moekit.nn.stick_breaking import StickWeights, seen
+from moekit.nn.stick_breaking import StickWeights, seen, stick_breaking
 
 CONFIG = SimpleNamespace(
     hidden_size=16, head_dim=4, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, vocab_size=9,
@@ -167,6 +167,19 @@ def test_stick_weights_have_the_gradient_of_their_definition() -> None:
     score = torch.randn(2, 3, 6, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(sticks, (score,))
     assert torch.autograd.gradcheck(sticks, (torch.randn(1, 2, 2, 5, dtype=torch.float64, requires_grad=True),))
+
+
+@pytest.mark.parametrize("mask", [None, torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9])])
+def test_long_texts_in_parts_give_the_same_and_the_same_gradients(mask, monkeypatch) -> None:
+    query = torch.randn(2, 4, 7, 8, requires_grad=True)  # two keys stand before the first query
+    key, value = (torch.randn(2, 2, 9, 8, requires_grad=True) for _ in range(2))
+    found = []
+    for most in (7, 3):
+        monkeypatch.setattr("moekit.nn.stick_breaking.QUERIES", most)
+        out, _ = stick_breaking(None, query, key, value, mask, scaling=0.4)
+        found.append((out, *torch.autograd.grad(out.square().sum(), (query, key, value))))
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole)
 
 
 def test_stick_weights_stay_finite_where_scores_are_extreme() -> None:

@@ -119,5 +119,5 @@ def eager(
     return (weight @ value).transpose(1, 2).contiguous(), weight
 
 
-WEIGHTINGS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"stick-breaking": stick_breaking}
+WEIGHTINGS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {"stick-breaking": stick_breaking}
 """What weighs earlier tokens otherwise than by a softmax, by the name a configuration gives."""

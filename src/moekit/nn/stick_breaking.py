@@ -12,6 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+QUERIES = 256
+"""Queries from which on a text is taken in parts."""
 
 LEAST = -60.0
 """Logarithm of a weight that is as good as none: smaller ones end as subnormal numbers, which slow products tenfold."""
@@ -58,11 +62,31 @@ def seen(mask: Tensor | None, queries: int, keys: int, device: torch.device) -> 
 
 def stick_breaking(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float, **kwargs: Any
-) -> tuple[Tensor, Tensor]:
-    """([B, S, N, D], weights [B, N, S, K]); needs no positions: nearness decides. Keeps a score for every pair."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = (t.flip(2).repeat_interleave(groups, dim=1) for t in (key, value))
+) -> tuple[Tensor, None]:
+    """([B, S, N, D], None); needs no positions: nearness decides.
+
+    More than ``QUERIES`` queries are taken so many at a time, over the keys they can see, and computed again in the
+    backward: what is held of a long text then grows with its length, not with the square of it.
+    """
+    groups, queries, before = query.shape[1] // key.shape[1], query.shape[2], key.shape[2] - query.shape[2]
+    key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    query = query * scaling
+    mask = mask[:, -key.shape[2] :] if mask is not None and mask.dim() == 2 else mask
+    if queries <= QUERIES:
+        return _attended(query, key, value, mask), None
+    parts = []
+    for start in range(0, queries, QUERIES):
+        stop = min(start + QUERIES, queries)
+        keys = slice(before + stop)
+        own = mask if mask is None else mask[:, keys] if mask.dim() == 2 else mask[..., start:stop, keys]
+        some = query[:, :, start:stop], key[:, :, keys], value[:, :, keys], own
+        parts.append(checkpoint(_attended, *some, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(parts, dim=1), None
+
+
+def _attended(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """[B, S, N, D] of scaled queries [B, N, S, D] and as many heads of keys and values."""
     unseen = ~seen(mask, query.shape[2], key.shape[2], query.device).flip(-1)
     barred = torch.zeros(unseen.shape, dtype=query.dtype, device=query.device).masked_fill_(unseen, -torch.inf)
-    weight = StickWeights.apply((query * scaling) @ key.transpose(2, 3) + barred).to(query.dtype)
-    return (weight @ value).transpose(1, 2).contiguous(), weight.flip(-1)
+    weight = StickWeights.apply(query @ key.flip(2).transpose(2, 3) + barred).to(query.dtype)
+    return (weight @ value.flip(2)).transpose(1, 2).contiguous()
