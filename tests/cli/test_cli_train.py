@@ -89,7 +89,9 @@ def test_the_other_commands_work_on_it(recipe, text, tmp_path, more):
 def test_the_house_recipe_is_the_default(text, tmp_path):
     assert call("train", "--text", text, "--steps", 1, "--output", tmp_path / "out")[0] == 0
     told = json.loads((tmp_path / "out" / "recipe.json").read_text())["model"]
-    assert told == {**Recipe.read("base").model, "wiring": Recipe.read("momentum-smoe").model["wiring"]}
+    weights = {"kind": "softmax", "weights": Recipe.read("moduleformer").model["attention"]["weights"]}
+    wiring = Recipe.read("momentum-smoe").model["wiring"]
+    assert told == {**Recipe.read("base").model, "attention": weights, "wiring": wiring}
 
 
 def test_bad_recipes_are_one_line(text, tmp_path):
