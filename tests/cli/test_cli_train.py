@@ -82,8 +82,7 @@ def test_the_other_commands_work_on_it(recipe, text, tmp_path, more):
     assert code == 0, err
     code, out, err = call("verify", tmp_path / "half", "--against", tmp_path / "own")
     assert code == 0, out + err
-    kept = json.loads((tmp_path / "half" / "config.json").read_text())["num_experts"]
-    assert kept == 2
+    assert json.loads(call("inspect", tmp_path / "half", "--json")[1])["experts"] == [2]
 
 
 def test_the_house_recipe_is_the_default(text, tmp_path):
