@@ -105,7 +105,7 @@ def live_roles(model: PreTrainedModel, reason: UnsupportedModelError) -> Roles:
         counts[layer], shared[layer] = block.num_experts, users[id(block.experts)]
         for name, parameter in block.experts.named_parameters():
             leaf = _leaf(name)
-            if leaf is None or parameter.shape[0] != block.num_experts:
+            if leaf is None or parameter.shape[:1] != (block.num_experts,):
                 raise UnsupportedModelError(
                     f"{layer} keeps its {block.num_experts} experts in {name} {list(parameter.shape)}, which does not "
                     "lie expert by expert: such a model can be trained, run and profiled, but not taken apart on disk"
