@@ -108,7 +108,7 @@ def live_roles(model: PreTrainedModel, reason: UnsupportedModelError) -> Roles:
             if leaf is None or parameter.shape[:1] != (block.num_experts,):
                 raise UnsupportedModelError(
                     f"{layer} keeps its {block.num_experts} experts in {name} {list(parameter.shape)}, which does not "
-                    "lie expert by expert: such a model can be trained, run and profiled, but not taken apart on disk"
+                    "lie expert by expert: such a model can be trained, profiled and run by transformers alone"
                 )
             roles[f"{layer}.experts.{name}"] = Role(layer, leaf[0], transposed=leaf[1])
     return Roles(roles, counts, shared)

@@ -18,7 +18,7 @@ QUERIES = 256
 """Queries from which on a text is taken in parts."""
 
 LEAST = -60.0
-"""Logarithm of a weight that is as good as none: smaller ones end as subnormal numbers, which slow products tenfold."""
+"""Logarithm of a weight that is as good as none: smaller ones end subnormal, which slows products fourfold."""
 
 
 class StickWeights(torch.autograd.Function):
