@@ -5,7 +5,7 @@ import importlib
 import pytest
 from building import dense
 
-from moekit.plan import reload_check
+from reloading import reload_here
 
 
 @pytest.fixture(scope="session")
@@ -17,8 +17,5 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _reload_here(monkeypatch):
-    def reload(folder, *, with_moekit, excused=()):
-        return {"how": "loaded in this process", **reload_check.check(str(folder))}
-
     for module in ("moekit.plan.apply", "moekit.build._write"):
-        monkeypatch.setattr(importlib.import_module(module), "reload_in_fresh_process", reload)
+        monkeypatch.setattr(importlib.import_module(module), "reload_in_fresh_process", reload_here)

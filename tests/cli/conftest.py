@@ -6,20 +6,15 @@ import pytest
 from commanding import call, make_model, tree
 
 from moekit import lab
-from moekit.plan import reload_check
+from reloading import reload_here
 
 
 @pytest.fixture(autouse=True)
 def _reload_here(monkeypatch):
     """Outputs are loaded again in this process; that a new one loads them too is tested in tests/plan."""
 
-    def reload(folder, *, with_moekit, excused=()):
-        found = reload_check.check(str(folder))
-        assert with_moekit or not found["model"].startswith("Moekit"), "stock transformers has no such class"
-        return {"how": "loaded in this process", **found}
-
     # By module: `moekit.plan.apply` as an attribute is the function of that name.
-    monkeypatch.setattr(importlib.import_module("moekit.plan.apply"), "reload_in_fresh_process", reload)
+    monkeypatch.setattr(importlib.import_module("moekit.plan.apply"), "reload_in_fresh_process", reload_here)
 
 
 @pytest.fixture(scope="session")

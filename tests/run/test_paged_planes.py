@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from moekit.checkpoint import Checkpoint
 from moekit.compress import sequence
 from moekit.errors import BudgetError, OptionError
-from moekit.plan import apply, make_plan, reload_check
+from moekit.plan import apply, make_plan
 from moekit.profile import profile as observe
 from moekit.run import load, paging
 from moekit.run._planes_order import WidestFirst, makespan, plane_order
 from moekit.run.policy import policy
 from moekit.stream import LoadedModel
+from reloading import reload_here
 
 IDS = torch.randint(5, 90, (1, 14), generator=torch.Generator().manual_seed(1))
 
@@ -28,9 +29,7 @@ def _reload_here():
     """Outputs are loaded again in this process; that a new one loads them too is tested in tests/plan."""
     with pytest.MonkeyPatch.context() as patch:
         module = importlib.import_module("moekit.plan.apply")
-        patch.setattr(
-            module, "reload_in_fresh_process", lambda folder, **_: reload_check.check(str(folder)) | {"how": ""}
-        )
+        patch.setattr(module, "reload_in_fresh_process", reload_here)
         yield
 
 
