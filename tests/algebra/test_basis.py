@@ -38,7 +38,7 @@ def side_by_side(weight: torch.Tensor) -> torch.Tensor:
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(1, 6), st.integers(0, 10**6))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shapes, st.data())
 def test_errors_are_the_discarded_singular_values(shape, data) -> None:
     number, rows, columns, seed = shape

@@ -33,7 +33,7 @@ def outcome(loss_EB, widths, chosen):
 demands = st.dictionaries(st.sampled_from([1, 2, 3]), st.integers(0, 3), max_size=3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.integers(4, 20), demands, st.booleans(), st.permutations([1, 2, 3]))
 def test_six_experts_and_three_widths_equal_brute_force(seed, budget, demand, spend, widths) -> None:
     loss_EB = np.random.default_rng(seed).uniform(size=(6, 3))
@@ -54,7 +54,7 @@ def test_six_experts_and_three_widths_equal_brute_force(seed, budget, demand, sp
     assert all(found.count(width) >= number for width, number in demand.items())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10**6), st.integers(0, 40), st.booleans())
 def test_widths_with_gaps(seed: int, budget: int, spend: bool) -> None:
     widths = [2, 8, 3]

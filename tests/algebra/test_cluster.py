@@ -46,7 +46,7 @@ def test_planted_groups_come_back(seed: int) -> None:
     assert found.settled
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 7), st.integers(1, 4), st.integers(0, 10**6), st.data())
 def test_clusters_are_whole_and_counted_right(experts, tokens, seed, data) -> None:
     count = data.draw(st.integers(1, experts))

@@ -93,7 +93,7 @@ def test_nothing_given_is_changed(rows: int) -> None:
     assert torch.equal(hessian, before[1])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(0, 10**6), st.integers(1, 9), st.integers(1, 3), st.sampled_from(GRIDS), st.booleans(), st.booleans()
 )
@@ -129,7 +129,7 @@ def test_the_optimum_is_not_beaten_and_near() -> None:
     assert sorted(ratios)[15] < 1.5
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10**6), st.integers(2, 12))
 def test_nearest_plane_bound(seed: int, columns: int) -> None:
     """Where nothing is clipped, the error is at most sum_j (scale / 2)^2 R_jj^2 per row."""

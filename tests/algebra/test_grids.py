@@ -116,7 +116,7 @@ def test_ternary_absmean_is_one_mean_per_expert() -> None:
     assert found.parameters["high"].tolist() == [[2.0], [2.0]]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10**6), st.sampled_from([1, 2, 3, 4, 6, 8]), st.sampled_from([Asymmetric, Symmetric]))
 def test_searching_the_range_never_costs(seed: int, bits: int, kind) -> None:
     weight = weights(8, 32, seed) ** 3

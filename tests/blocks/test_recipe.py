@@ -48,7 +48,7 @@ def _dense(recipe: Recipe, logits: Tensor, bias: Tensor, edit: RouterEdit | None
     return Routing(expert, recipe.weigh(logits, expert)).dense(logits.shape[1])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(RECIPES, st.integers(0, 10**6), st.sets(st.integers(0, 11), min_size=3, max_size=11))
 def test_forbidding_experts_equals_their_absence(recipe: Recipe, seed: int, kept: set[int]) -> None:
     logits, bias = _random(seed)
@@ -58,7 +58,7 @@ def test_forbidding_experts_equals_their_absence(recipe: Recipe, seed: int, kept
     assert masked[:, [e for e in range(12) if e not in kept]].abs().max() == 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(GROUPED, st.integers(0, 10**6), st.sets(st.integers(0, 2), min_size=2, max_size=2))
 def test_forbidding_equally_many_of_each_group_equals_their_absence(recipe: Recipe, seed: int, kept: set[int]) -> None:
     logits, bias = _random(seed)
@@ -77,7 +77,7 @@ def test_masking_logits_alone_would_not_be_enough_where_a_bias_is_added() -> Non
     assert 0 not in recipe.select(masked, bias)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(RECIPES, st.integers(0, 10**6))
 def test_unused_slots_take_no_part_in_the_weights(recipe: Recipe, seed: int) -> None:
     logits, _ = _random(seed)

@@ -16,7 +16,7 @@ from moekit.errors import MoekitError, OptionError
 MATERIAL = Material(rows=rows(), batch_size=4)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 8), st.integers(1, 6), st.integers(0, 5), st.integers(0, 2**31))
 def test_the_snake_deals_every_unit_once_and_evenly(experts, rounds, shared, seed):
     scores = torch.rand(experts * rounds + shared, generator=torch.Generator().manual_seed(seed)).double()

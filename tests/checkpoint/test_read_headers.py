@@ -67,7 +67,7 @@ def test_missing_file(tmp_path):
 
 
 @given(cut=st.integers(1, 400))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_truncation_is_noticed(cut, tmp_path_factory):
     path = tmp_path_factory.mktemp("cut") / "a.safetensors"
     save_file({"a": torch.arange(40), "b": torch.ones(3, 5)}, path)
@@ -107,7 +107,7 @@ def test_every_dtype_reads_bit_for_bit(files):
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_rows_equal_a_slice_and_read_nothing_else(files, data):
     folder, tensors = files
     name = data.draw(st.sampled_from([name for name in tensors if name != "scalar"]))

@@ -210,7 +210,7 @@ def test_mxfp4_equals_transformers_own_decoder():
 
 
 @given(st.integers(1, 8), st.integers(1, 5), st.integers(1, 70), st.integers(0, 2**31))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_unpacking_equals_compressed_tensors_own(bits, rows, columns, seed):
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 

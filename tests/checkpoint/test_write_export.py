@@ -36,7 +36,7 @@ TINY = {
 }
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     bits=st.sampled_from([4, 8]),
     rows=st.integers(1, 5),

@@ -111,7 +111,7 @@ def test_replacing_one_expert_changes_the_layer_by_exactly_that(packed: bool) ->
         assert _sample.replaced_error(sample, before, e, before.expert(e)) == 0
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(1, 4000))
 def test_blocks_of_tokens_do_not_matter(max_bytes: int) -> None:
     sample, weights = Sample.of(layer()), bank()

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moekit.compress._scores import SCORES, balanced, mixed, shares, super_experts, tcess
@@ -65,7 +65,6 @@ def plain_tcess(logits: np.ndarray, strongest: int, threshold: float) -> np.ndar
     return total / len(logits)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 50), st.integers(1, E), st.sampled_from([-1.0, 0.0, 0.2, 0.5, 1.0]))
 def test_tcess_is_the_mean_of_strong_raw_logits(seed: int, strongest: int, threshold: float) -> None:
     one = layer(seed)

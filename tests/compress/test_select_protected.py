@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moekit.compress._select import keep_best, keep_best_of_all
@@ -15,7 +15,6 @@ SITE = Site("a", 8, 2)
 GROUPED = Site("a", 8, 2, (4, 2))
 
 
-@settings(deadline=None)
 @given(st.sets(st.integers(-2, 7), max_size=4), st.integers(4, 8), st.permutations(range(8)))
 def test_protected_experts_stay_and_the_best_fill_up(protected, keep, order) -> None:
     score = np.array(order, float)

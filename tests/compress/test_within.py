@@ -79,7 +79,7 @@ def test_a_search_is_sized_without_searching_and_runs_once(mini: Checkpoint) -> 
 
 
 @given(keep=st.integers(4, 15), seed=st.integers(0, 99))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_a_draft_is_as_large_as_what_the_search_finds(mini: Checkpoint, keep: int, seed: int) -> None:
     eep = method(f"eep:keep={keep},evaluations=6,discrete=2,initial=1,seed={seed}")
     plan = eep.plan(None, mini, lambda plan: float(plan.fingerprint[0] < "8"))

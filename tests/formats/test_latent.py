@@ -35,7 +35,7 @@ def test_experts_of_one_space_come_back():
     assert torch.equal(smaller.expert(0).down, dense.down[0])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     group=st.sampled_from([[0, 0, 0, 0], [0, 1, 0, 1], [0, 1, 2, 3], [1, 0, 0, 0]]),
     size=st.integers(1, 5),

@@ -12,7 +12,7 @@ from moekit.errors import OptionError
 from moekit.formats import DenseBank, Factors, LowRankBank
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     hidden=st.integers(2, 14),
     inner=st.integers(2, 14),

@@ -15,7 +15,7 @@ from moekit.formats import Codes, NestedBank, PackedBank, Plane
 from moekit.formats import _grid as grid
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     columns=st.integers(1, 50),
     group=st.integers(1, 40),

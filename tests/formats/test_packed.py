@@ -16,7 +16,7 @@ from moekit.formats import _grid as grid
 from moekit.formats.packed import Codes
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     bits=st.sampled_from([1, 2, 3, 4, 8]), rows=st.integers(1, 5), columns=st.integers(1, 40), seed=st.integers(0, 99)
 )
@@ -29,7 +29,7 @@ def test_integers_survive_packing(bits, rows, columns, seed):
     assert torch.equal(grid.unpack(packed, bits, columns), integers)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     bits=st.sampled_from([2, 3, 4, 8]),
     columns=st.integers(1, 70),
@@ -95,7 +95,7 @@ def test_select_keeps_the_stored_bits():
         assert torch.equal(chosen.expert(new).down, bank.expert(old).down)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(columns=st.integers(2, 50), group=st.integers(2, 40), offset=st.floats(-2, 2), seed=st.integers(0, 99))
 def test_one_bit_is_two_levels_about_the_mean(columns, group, offset, seed):
     weight = torch.randn(4, columns, generator=torch.Generator().manual_seed(seed)) + offset

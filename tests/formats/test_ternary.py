@@ -52,7 +52,7 @@ def test_dictionary_is_the_most_probable_runs():
 
 
 @pytest.mark.usefixtures("either")
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=st.integers(1, 6), columns=st.integers(1, 120), zero=st.sampled_from([0, 0.3, 0.9, 1]), seed=st.integers(0))
 def test_code_round_trips(rows, columns, zero, seed):
     symbols = draw(rows, columns, zero, seed % 2**31)
@@ -86,7 +86,7 @@ def test_rates_on_independent_draws(zero, rate):
     assert measured > entropy
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(hidden=st.integers(1, 40), inner=st.integers(1, 40), seed=st.integers(0, 99))
 def test_rounds_to_least_zero_or_greatest(hidden, inner, seed):
     dense = make(2, hidden, inner, torch.bfloat16, seed=seed)

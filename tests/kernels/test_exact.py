@@ -46,7 +46,7 @@ def test_many_rows_and_ragged_tiles(flags, dtype):
         check(module, *batch(tokens, 2, 1, 1030, dtype), dtype)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     tokens=st.integers(0, 12),
     slots=st.integers(1, EXPERTS),

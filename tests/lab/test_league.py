@@ -26,7 +26,9 @@ def test_recipes_are_ranked_at_equal_compute(small, tmp_path):
     entered = league.entrants(["moge"])
     entered["wide"] = entered["base"].with_model(num_experts_per_tok=8)
     del entered["moge"]
-    rows = league.standings(entered, (1, 2), lambda done, total: None)
+    told = list[tuple[int, int]]()
+    rows = league.standings(entered, (1, 2), lambda done, total: told.append((done, total)))
+    assert told == [(done, len(told)) for done in range(2 + 2 * league.ROUNDS)]
     by_name = {row.recipe: row for row in rows}
     assert [row.bits_per_byte.mean for row in rows] == sorted(row.bits_per_byte.mean for row in rows)
     assert by_name["base"].compute == pytest.approx(1)

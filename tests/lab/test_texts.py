@@ -55,7 +55,7 @@ def test_split_shares() -> None:
     assert 0.08 < splits.count("test") / 5000 < 0.12
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     domain=st.sampled_from(lab.DOMAINS),
     split=st.sampled_from(lab.SPLITS),

@@ -31,7 +31,7 @@ def keys(**options: int) -> ProductKeys:
     return found
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(1, 7), st.integers(1, 3), st.integers(0, 99))
 def test_the_best_pairs_of_shortlists_are_the_best_of_all(top: int, heads: int, seed: int) -> None:
     part = keys(top=top, heads=heads)

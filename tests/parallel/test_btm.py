@@ -53,7 +53,7 @@ def by_hand(models, prior, row, update=True):
 
 
 @given(st.integers(0, 1000), st.booleans())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_ensemble_is_bayes_multiplied_out(seed, update):
     models, prior, ids = [Bigram(seed + j) for j in range(3)], [0.5, 0.3, 0.2], rows(2, 7, seed)
     logits = Ensemble(models, prior, update=update)(input_ids=ids).logits

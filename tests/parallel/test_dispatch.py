@@ -42,7 +42,7 @@ def rows_of(counts, rank):
     return named
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(plans(), st.integers(1, 3))
 def test_stages_send_every_row_where_the_plan_says(planned, chunks):
     """The exchange is played in one process with named rows: all arrive once, in the order that is announced."""
@@ -69,7 +69,7 @@ def test_stages_send_every_row_where_the_plan_says(planned, chunks):
     assert computed == wanted
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(plans())
 def test_every_rank_that_computes_a_part_holds_its_units(planned):
     plan, _ = planned

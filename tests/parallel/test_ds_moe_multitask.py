@@ -32,7 +32,7 @@ def test_capacity():
     assert capacity_of(4, 1, 8, 0.5) == 4
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 20), st.integers(1, 3), st.integers(1, 4), st.integers(0, 6), st.booleans(), st.integers(0, 99))
 def test_no_expert_takes_more_and_none_takes_less_than_it_could(tokens, width, experts, capacity, random, seed):
     draw = torch.Generator().manual_seed(seed)

@@ -24,7 +24,7 @@ def test_slots_follow_load_and_nodes_without_the_expert_come_first():
     assert lent == ((0, 2), (0, 1), (0, 3), (3, 0))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(0, 50), min_size=4, max_size=4), st.integers(0, 4), st.integers(0, 3))
 def test_no_rank_lends_more_room_than_it_has(load, overlap, extra):
     lent = materialise(load, LAYOUT, GRID, overlap, extra)
@@ -55,7 +55,7 @@ def test_tokens_go_to_the_nearest_replica():
     assert own.rows() == [0, 6, 0, 0]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_plans_are_legal_and_learn_only_from_the_past(data):
     planner = Hecate(GRID, overlap=data.draw(st.integers(1, 4)), extra=data.draw(st.integers(1, 2)), window=2)
@@ -76,7 +76,7 @@ def test_calibration_pays_for_itself_or_is_left():
         assert bool(planner(skewed, LAYOUT).copies) is lent
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.lists(st.integers(0, 20), min_size=6, max_size=6), min_size=1, max_size=4), st.integers(0, 6))
 def test_sharding_gives_equal_slots_over_all_layers(loads, overlap):
     layouts = heterogeneous(loads, GRID, overlap)

@@ -37,7 +37,7 @@ def test_pending_native_work_is_not_forgotten():
     assert {p.rank for p in plan.pieces if p.expert == 0} == {0, 2}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(loads(), st.sampled_from([1, 8, 64]), st.sampled_from([1.0, 1.1]))
 def test_plans_are_legal_and_bounded(case, chunk, capacity):
     counts, layout = case
@@ -51,7 +51,7 @@ def test_plans_are_legal_and_bounded(case, chunk, capacity):
         assert max(plan.rows()) <= total // layout.world + layout.world
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(loads())
 def test_balanced_loads_stay_native(case):
     counts, layout = case

@@ -17,7 +17,7 @@ def numbers(count, seed, spread):
 
 
 @given(st.integers(1, 700), st.integers(0, 10**6), st.floats(0, 6), st.integers(-30, 30))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_four_bits_stay_within_the_bound(count, seed, spread, power):
     x = numbers(count, seed, spread) * 2.0**power
     back = FP4().decode(FP4().encode(x), count)

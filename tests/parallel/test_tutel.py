@@ -21,7 +21,7 @@ def test_layouts_and_their_degrees():
         Degree(3)([[1]] * 4, stored_layout(1, 4))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.sampled_from([(1, 4), (2, 4), (4, 4), (8, 4), (1, 2)]), st.data())
 def test_every_degree_is_a_legal_plan(sizes, data):
     experts, world = sizes

@@ -319,7 +319,7 @@ def test_text_is_measured_by_domain_or_token_ids(tmp_path: Path) -> None:
     assert Receipt.load(tmp_path / "out") == receipt
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float64]),
     size=st.integers(0, 50),

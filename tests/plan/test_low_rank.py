@@ -139,7 +139,7 @@ def cost(drop: list[float], rough: list[float], cut: list[float], name: str = "a
     return LayerCost(Site(name, 3, 2), drop_E, noise, FORMS, 1, {"energy": drop_E}, drop_E, np.eye(3))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(numbers, numbers, numbers, st.integers(42, 310))
 def test_the_solver_mixes_ranks_exactly(drop, rough, cut, budget) -> None:
     """Against every way to store a layer, where integers and factors exclude each other."""

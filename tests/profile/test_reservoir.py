@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import families
@@ -32,7 +32,6 @@ def tokens(draw):
     return priority, rng.integers(0, 3, number), expert
 
 
-@settings(deadline=None)
 @given(tokens(), st.integers(1, 40), st.integers(0, 6), st.integers(1, 20))
 def test_batch_by_batch_keeps_what_the_rule_keeps_of_everything(seen, total, each, size):
     reservoir = Reservoir(total, each)
@@ -46,7 +45,6 @@ def test_batch_by_batch_keeps_what_the_rule_keeps_of_everything(seen, total, eac
     assert reservoir.order.max() < most, "places are given on"
 
 
-@settings(deadline=None)
 @given(tokens(), st.integers(1, 40), st.integers(0, 6), st.integers(0, 60))
 def test_a_sample_of_samples_is_the_sample_of_the_whole(seen, total, each, cut):
     parts = [tuple(array[:cut] for array in seen), tuple(array[cut:] for array in seen)]
@@ -57,7 +55,6 @@ def test_a_sample_of_samples_is_the_sample_of_the_whole(seen, total, each, cut):
     )
 
 
-@settings(deadline=None)
 @given(tokens(), st.integers(1, 40), st.integers(1, 6))
 def test_every_expert_has_its_share_as_far_as_there_is_text(seen, total, each):
     priority, _, expert = seen
@@ -76,7 +73,6 @@ def test_every_expert_has_its_share_as_far_as_there_is_text(seen, total, each):
         assert min(earlier) < each, "an extra token is among the first of one of its experts"
 
 
-@settings(deadline=None)
 @given(tokens(), st.integers(1, 40))
 def test_domains_take_turns(seen, total):
     priority, domain, _ = seen

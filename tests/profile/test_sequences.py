@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moekit.errors import TextError
@@ -28,7 +28,6 @@ def cut_all(texts, **options):
 documents = st.lists(st.text("abcdefgh", min_size=2, max_size=80), min_size=1, max_size=8)
 
 
-@settings(deadline=None)
 @given(documents, st.integers(2, 20), st.sampled_from([0.0, 0.1, 0.5]), st.integers(0, 3))
 def test_every_piece_is_observed_or_kept_aside_and_never_both(texts, length, share, seed):
     sequences, aside = cut_all({"d": texts}, length=length, held_out=share, seed=seed)
@@ -72,7 +71,6 @@ def test_text_of_single_tokens_is_refused():
         cut_all({"a": [""]})
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(2, 30), min_size=1, max_size=12), st.integers(8, 64), st.booleans())
 def test_batches_hold_every_sequence_once_and_keep_their_bound(sizes, tokens, padded):
     sequences = [TokenSequence(np.arange(size) + 5, 0, 0) for size in sizes]

@@ -30,7 +30,7 @@ EXPERTS, LAYERS, EXPERT_BYTES = 16, 8, 4 * 3 * 192 * 64
 # -- the planner
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(device=st.lists(st.integers(0, 3), min_size=4, max_size=7), count=st.integers(1, 4))
 def test_the_fewest_experts_move(device, count):
     devices = list(range(1, 1 + count))  # device 0 always goes

@@ -59,7 +59,7 @@ def layer_with(replaced, dtype=torch.bfloat16, page=PAGE):
     return layer, models, frames
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 2**20), tokens=st.integers(1, 40), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_every_token_is_its_merged_models(seed, tokens, dtype):
     layer, models, _ = layer_with([(1, 4), (0, 4, 5), (3,)], dtype)
@@ -278,7 +278,7 @@ def test_memory_factor_is_the_papers():
     assert fragmentation([4, 4, 4]) == 0
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(row=st.lists(st.integers(1, 50), min_size=2, max_size=7), p=st.sampled_from([0.1, 0.3, 0.5, 0.9, 1.0]))
 def test_selection_is_the_fewest_experts(row, p):
     (chosen,) = select(np.array([row], dtype=float), p)

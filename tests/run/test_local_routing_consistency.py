@@ -64,7 +64,7 @@ def naive_hits(steps, capacity, window):
     return hits
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 1000), st.integers(2, 6), st.integers(1, 12))
 def test_segment_cache_agrees_with_a_naive_simulation_and_the_bound(seed, capacity, window):
     trace = random_trace(seed, steps=40, layers=1)

@@ -172,7 +172,7 @@ DEMAND = st.lists(st.lists(st.integers(0, 9), min_size=3, max_size=3), min_size=
 
 
 @given(DEMAND)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_wanted_plane_is_read_once_and_after_those_below(demand_EL):
     order = plane_order(demand_EL)
     assert len(set(order)) == len(order)

@@ -31,7 +31,7 @@ def test_memory_follows_the_rows_that_are_kept():
     assert resident() - before < 2 << 20
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(st.integers(1, 3 * PAGE), min_size=10, max_size=10),
     steps=st.lists(st.tuples(st.integers(0, 9), st.booleans()), max_size=30),

@@ -68,7 +68,7 @@ def hits_of(policy, pages, capacity):
     return hits
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.integers(0, 8), max_size=80), st.integers(1, 5))
 def test_arc_is_the_published_one(pages, capacity):
     expected = arc_by_the_book(pages, capacity)
@@ -132,7 +132,6 @@ requests = st.tuples(st.integers(0, 2), st.sets(st.integers(0, 5), min_size=1, m
 
 
 @given(st.lists(requests, max_size=40), st.integers(3, 9))
-@settings(deadline=None)
 def test_one_ranking_per_request_finds_the_victims_that_ranking_each_time_finds(asked, room):
     weighed, resident = policy("multi-term"), dict[tuple[int, int], None]()
     for layer, experts, what in asked:

@@ -38,7 +38,7 @@ def fewest_misses(requests, capacity):
     return best(0, frozenset())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(tiny, st.integers(2, 5))
 def test_belady_is_the_brute_force_optimum(steps, capacity):
     trace = trace_of(steps)

@@ -47,7 +47,7 @@ def test_more_slots_absorb_jitter_only():
 layers = st.lists(st.tuples(st.integers(1, 12), st.booleans()), min_size=1, max_size=7)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(layers)
 def test_greedy_is_never_below_the_exhaustive_optimum(experts):
     tokens, cached = zip(*experts, strict=True)
@@ -58,7 +58,7 @@ def test_greedy_is_never_below_the_exhaustive_optimum(experts):
     assert min(static_split(tokens, cached, costs, move).makespan for move in (True, False)) >= best.makespan - 1e-9
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(layers)
 def test_no_order_on_the_fast_side_beats_cached_first(experts):
     tokens, cached = zip(*experts[:5], strict=True)

@@ -65,7 +65,7 @@ def serve(store, layer, experts, most=None):
     store.end()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     requests=st.lists(st.tuples(st.integers(0, 2), st.sets(st.integers(0, 7), min_size=1)), max_size=25),
     budget=st.integers(10, 200),

@@ -35,7 +35,7 @@ def test_memory_follows_the_rows_that_are_kept_and_not_the_addresses():
     assert bool((rows.tensor[3999] == 4000).all())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     size=st.sampled_from([100, PAGE // 2, PAGE, PAGE + 100, 3 * PAGE - 4]),
     scale=st.sampled_from([1, 2]),

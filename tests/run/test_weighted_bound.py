@@ -24,7 +24,7 @@ def test_equal_costs_give_beladys_misses(capacity):
 tiny = st.lists(st.sets(st.integers(0, 4), min_size=1, max_size=2), min_size=1, max_size=7)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(tiny, st.integers(2, 3), st.integers(0, 99))
 def test_unequal_costs_give_the_brute_force_optimum(steps, capacity, seed):
     requests = trace_of([[chosen] for chosen in steps]).requests

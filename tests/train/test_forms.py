@@ -73,7 +73,7 @@ def test_every_layout_of_stacked_experts(family):
     assert model.state_dict().keys() == families.build(family)[0].state_dict().keys()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**31))
 def test_ternary_has_one_level_per_expert(seed):
     weight = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(seed))

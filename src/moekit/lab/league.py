@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -100,17 +100,28 @@ def standings(entered: Mapping[str, Recipe], seeds: Sequence[int], advance: Adva
     if len(set(seeds)) < 2:
         raise OptionError("an interval needs at least two different seeds")
     matched, found = equal(entered), dict[str, list[dict[str, Any]]]()
+    turns = len(matched) * ROUNDS
     for number, (key, recipe) in enumerate(matched.items()):
-        advance(number, len(matched))
+        advance(number, len(matched) + turns)
         found[key] = [play(recipe, seed) for seed in seeds]
-    plain, pace = found[BASE], paces(matched)
+    plain = found[BASE]
+    pace = paces(matched, lambda done: advance(len(matched) + done, len(matched) + turns))
     rows = [_standing(key, matched[key], found[key], plain, matched[BASE], pace[key]) for key in matched]
     return sorted(rows, key=lambda row: row.bits_per_byte.mean)
 
 
-def paces(entered: Mapping[str, Recipe]) -> dict[str, float]:
-    """Processor time of a training step over the plain recipe's: the median of rounds in which all take turns."""
-    rounds = [{key: _pace(recipe) for key, recipe in entered.items()} for _ in range(ROUNDS)]
+def paces(entered: Mapping[str, Recipe], turn: Callable[[int], None]) -> dict[str, float]:
+    """Processor time of a training step over the plain recipe's: the median of rounds in which all take turns.
+
+    ``turn`` is called with the number of turns taken before each.
+    """
+    rounds = list[dict[str, float]]()
+    for _ in range(ROUNDS):
+        taken = dict[str, float]()
+        for key, recipe in entered.items():
+            turn(len(rounds) * len(entered) + len(taken))
+            taken[key] = _pace(recipe)
+        rounds.append(taken)
     return {key: median(one[key] / one[BASE] for one in rounds) for key in entered}
 
 
