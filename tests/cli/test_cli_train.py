@@ -113,7 +113,7 @@ def test_steps_and_seed_replace_the_recipes(recipe, text, tmp_path):
 
 def test_league_writes_its_document(tmp_path, monkeypatch):
     told = {"bits_per_byte": 2.0, "bits": dict.fromkeys(DOMAINS, 2.0), "total": 10, "active": 5, "max_violation": 0.1}
-    told |= {"specialisation": 0.2}
+    told |= {"specialisation": 0.2, "active_in_training": 5}
     better = told | {"bits_per_byte": 1.5}
     monkeypatch.setattr(league, "play", lambda recipe, seed: better if "wiring" in recipe.model else told)
     monkeypatch.setattr(league, "paces", lambda entered, turn: dict.fromkeys(entered, 1.0))

@@ -9,16 +9,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-
 from moekit.errors import OptionError
 from moekit.lab.experiments import Advance
-from moekit.lab.experiments._league import BASE, DOMAINS, Use, batches, contestant, play, windows
+from moekit.lab.experiments._league import BASE, DOMAINS, batches, contestant, play, size_of_step
 from moekit.measure import Interval
 from moekit.train.recipe import Recipe, carry_out, recipes
 
 CLOSE = 0.05
-"""Share by which a recipe's compute per token may differ from the plain one's before its steps are changed."""
+"""Share by which a recipe's compute may differ from the plain one's before its steps are changed."""
 ROUNDS, PACE = 3, 6
 """How often all recipes take turns at being timed, and for how many steps."""
 
@@ -36,9 +34,9 @@ _COLUMNS = (
 )
 _INTERVALS = """intervals are 95 % t intervals over them, of a recipe's own figure and of its lead over the plain
 recipe seed by seed (above zero: better than plain). What this says holds for models of this size, trained this long."""
-_LEGEND = """compute: active parameters times tokens over the plain recipe's, counted on the judge's text; MaxVio: mean
-over layers; specialisation: bits that an expert's name tells of the domain, mean over layers; step time: processor
-time of a training step over the plain recipe's, timed in turns (its whole schedule in a few steps)."""
+_LEGEND = """compute: active parameters times tokens of the training over the plain recipe's; active: on the judge's
+text; MaxVio: mean over layers; specialisation: bits that an expert's name tells of the domain, mean over layers; step
+time: processor time of a training step over the plain recipe's, timed in turns (its whole schedule in a few steps)."""
 
 
 @dataclass(frozen=True)
@@ -71,21 +69,16 @@ def entrants(keys: Sequence[str]) -> dict[str, Recipe]:
     return {key: contestant(key) for key in dict.fromkeys([BASE, *named])}
 
 
-@torch.no_grad()
-def per_token(recipe: Recipe) -> float:
-    """Parameters that a token uses in the untrained model, which says how many steps are equal compute."""
-    model, rows = recipe.build().eval(), windows(DOMAINS[0], 0)[:8]
-    with Use(model) as use:
-        model(input_ids=rows, use_cache=False)
-    return use.active(rows.numel())
+def equal(entered: Mapping[str, Recipe], seed: int, turn: Callable[[int], None]) -> dict[str, Recipe]:
+    """Every recipe with as many steps as make its compute that of the plain one; within 5 % they stay.
 
-
-def equal(entered: Mapping[str, Recipe]) -> dict[str, Recipe]:
-    """Every recipe with as many steps as make its compute that of the plain one; within 5 % they stay."""
-    used = {key: per_token(recipe) for key, recipe in entered.items()}
-    out = {}
-    for key, recipe in entered.items():
-        ratio = used[BASE] / used[key]
+    What a token uses is counted while a recipe trains with its own steps on one seed: schedules and learnt gates change
+    it on the way. ``turn`` is called with the number of recipes done before each.
+    """
+    out, plain = dict[str, Recipe](), play(entered[BASE], seed)["active_in_training"]
+    for number, (key, recipe) in enumerate(entered.items()):
+        turn(number)
+        ratio = plain / play(recipe, seed)["active_in_training"]
         close = abs(ratio - 1) <= CLOSE
         out[key] = recipe if close else recipe.with_options(steps=max(1, round(recipe.options.steps * ratio)))
     return out
@@ -99,13 +92,13 @@ def standings(entered: Mapping[str, Recipe], seeds: Sequence[int], advance: Adva
     """
     if len(set(seeds)) < 2:
         raise OptionError("an interval needs at least two different seeds")
-    matched, found = equal(entered), dict[str, list[dict[str, Any]]]()
-    turns = len(matched) * ROUNDS
+    many, found = len(entered), dict[str, list[dict[str, Any]]]()
+    total = many * (2 + ROUNDS)
+    matched = equal(entered, seeds[0], lambda done: advance(done, total))
     for number, (key, recipe) in enumerate(matched.items()):
-        advance(number, len(matched) + turns)
+        advance(many + number, total)
         found[key] = [play(recipe, seed) for seed in seeds]
-    plain = found[BASE]
-    pace = paces(matched, lambda done: advance(len(matched) + done, len(matched) + turns))
+    plain, pace = found[BASE], paces(matched, lambda done: advance(2 * many + done, total))
     rows = [_standing(key, matched[key], found[key], plain, matched[BASE], pace[key]) for key in matched]
     return sorted(rows, key=lambda row: row.bits_per_byte.mean)
 
@@ -139,8 +132,8 @@ def _standing(
     def mean(figure: str) -> float:
         return sum(float(run[figure]) for run in runs) / len(runs)
 
-    tokens, active = recipe.options.steps * recipe.batch * recipe.length, mean("active")
-    usual = base.options.steps * base.batch * base.length * sum(run["active"] for run in plain) / len(plain)
+    tokens = recipe.options.steps * size_of_step(recipe)
+    usual = base.options.steps * size_of_step(base) * plain[0]["active_in_training"]
     return Standing(
         recipe=key,
         steps=recipe.options.steps,
@@ -148,8 +141,8 @@ def _standing(
         lead=Interval.over_seeds([b["bits_per_byte"] - a["bits_per_byte"] for a, b in zip(runs, plain, strict=True)]),
         domains={domain: sum(run["bits"][domain] for run in runs) / len(runs) for domain in DOMAINS},
         total=round(mean("total")),
-        active=round(active),
-        compute=active * tokens / usual,
+        active=round(mean("active")),
+        compute=mean("active_in_training") * tokens / usual,
         max_violation=mean("max_violation"),
         specialisation=mean("specialisation"),
         step_time=pace,

@@ -28,9 +28,9 @@ from moekit.lab._evaluate import mutual_information
 from moekit.lab.experiments import Advance
 from moekit.lab.experiments._building import gap, means
 from moekit.lab.experiments._outer_training import draws
-from moekit.nn import max_violation
+from moekit.nn import MoE, max_violation
 from moekit.nn.experts import Experts
-from moekit.train import Batches
+from moekit.train import Batch, Batches
 from moekit.train.loop import Record
 from moekit.train.recipe import Recipe, Training, carry_out
 
@@ -59,7 +59,7 @@ def setting(arms: Mapping[str, Recipe]) -> dict[str, Any]:
         "protocol": PROTOCOL,
         "domains": list(DOMAINS),
         "steps": recipe.options.steps,
-        "bytes_per_step": recipe.batch * recipe.length,
+        "bytes_per_step": size_of_step(recipe),
         "test_bytes_per_domain": TEST_BYTES,
         "model": {name: recipe.model[name] for name in ("hidden_size", "num_hidden_layers", "num_experts")},
     }
@@ -123,18 +123,34 @@ def at_hand(recipe: Recipe, seed: int) -> Any:
 
 def trained(recipe: Recipe, after_step: AfterStep | None = None) -> tuple[Any, dict[str, Any]]:
     """The recipe's model, trained, and how the training went."""
-    started = time.process_time()
-    model, record = carry_out(recipe, batches(recipe), after_step=after_step)
+    started, model = time.process_time(), recipe.build()
+    with Use(model) as use:
+        _, record = carry_out(recipe, batches(recipe), model, after_step=after_step)
+    rows = recipe.options.steps * recipe.options.accumulate * recipe.batch
     return model.eval(), {
         "recipe": {"model": dict(recipe.model), "train": asdict(recipe.options), "schedule": list(recipe.schedule)},
         "processor_seconds": round(time.process_time() - started, 1),
+        "active_in_training": round(use.active(rows * (recipe.length + 1))),  # a row's last byte is read too
         "course": {name: thinned(values) for name, values in {"loss": record.losses, **record.parts}.items()},
     }
 
 
 def batches(recipe: Recipe) -> Batches:
-    """Every step's rows: all domains in equal parts, the same for all recipes of one seed."""
-    return draws(recipe.options.seed, recipe.batch * recipe.length, dict.fromkeys(DOMAINS, 1 / len(DOMAINS)))
+    """Every step's rows: all domains in equal parts, the same for all recipes of one seed, however many micro-batches
+    they are read in."""
+    steps = draws(recipe.options.seed, size_of_step(recipe), dict.fromkeys(DOMAINS, 1 / len(DOMAINS)))
+    parts = recipe.options.accumulate
+
+    def micro(number: int) -> Batch:
+        step, part = divmod(number, parts)
+        return {name: rows.chunk(parts)[part] for name, rows in steps(step).items()}
+
+    return micro
+
+
+def size_of_step(recipe: Recipe) -> int:
+    """Bytes that a step foretells."""
+    return recipe.options.accumulate * recipe.batch * recipe.length
 
 
 def thinned(values: Sequence[float], points: int = 30) -> list[float]:
@@ -187,24 +203,24 @@ def windows(domain: str, seed: int, length: int = 128) -> Tensor:
 
 
 class Use:
-    """Counts, while it is open, what tokens used: every slot of stacked experts, everything else once per token.
+    """Counts, while it is open, what tokens used: every slot of experts, and everything else as often as it was called
+    in a pass: an embedding that is the head too counts once, a cell shared by layers for each of them, a layer that was
+    skipped not at all; what is not called by itself counts once.
 
-    A module that does otherwise says so by a method ``active_parameters() -> int`` (per token, all of its own); where
-    several layers use it, it counts for each of them.
+    A module that does otherwise says so by a method ``active_parameters() -> int``: per token and call, all of its own.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.slots, self.calls = model, dict[nn.Module, int](), Counter[nn.Module]()
+        self.model, self.slots, self.calls = model, Counter[nn.Module](), Counter[nn.Module]()
         self.tokens: dict[nn.Module, list[Tensor]] = {}
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Use:
         for module in self.model.modules():
-            if isinstance(module, Experts):
-                self.slots[module] = 0
-                self._hooks.append(module.register_forward_pre_hook(self._count))
-            elif module is self.model or hasattr(module, "active_parameters"):
-                self._hooks.append(module.register_forward_pre_hook(self._called))
+            counting = self._count if isinstance(module, Experts) else self._called
+            self._hooks.append(module.register_forward_pre_hook(counting))
+            for other in module.others if isinstance(module, MoE) else ():
+                self._hooks.append(other.register_forward_pre_hook(self._other))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -214,11 +230,14 @@ class Use:
     def active(self, tokens: int) -> float:
         """Parameters that a token uses on average; used twice counts twice."""
         special = [m for m in self.model.modules() if hasattr(m, "active_parameters")]
-        inside = {p for m in [*self.slots, *special] for p in m.parameters()}
-        plain = sum(p.numel() for p in self.model.parameters() if p not in inside)
-        experts = sum(used / tokens * size(module) / module.num_experts for module, used in self.slots.items())
+        counted = {p for m in [*self.slots, *special] for p in m.parameters()}
+        used = sum(slots / tokens * size(m) / getattr(m, "num_experts", 1) for m, slots in self.slots.items())
         passes = self.calls[self.model]
-        return plain + experts + sum(m.active_parameters() * self.calls[m] / passes for m in special)
+        for module in self.model.modules():
+            own = [p for p in module.parameters(recurse=False) if p not in counted]
+            counted.update(own)
+            used += sum(p.numel() for p in own) * (self.calls[module] / passes if self.calls[module] else 1)
+        return used + sum(m.active_parameters() * self.calls[m] / passes for m in special)
 
     def follows(self, loss_BS: Tensor) -> float | None:
         """Correlation over positions of the slots used in all layers with the loss of the next token; None where every
@@ -232,11 +251,16 @@ class Use:
             return None
         return round(float(torch.corrcoef(torch.stack((used, loss_BS.flatten().double())))[0, 1]), 4)
 
+    def _other(self, module: nn.Module, args: Sequence[Any]) -> None:
+        self.slots[module] += len(args[0])
+
     def _called(self, module: nn.Module, args: Sequence[Any]) -> None:
         self.calls[module] += 1
 
     def _count(self, module: Any, args: Sequence[Any]) -> None:
         used = (args[1] < module.num_experts).sum(1)
+        if getattr(module, "alone", False):
+            used = torch.ones_like(used)
         self.slots[module] += int(used.sum())
         self.tokens.setdefault(module, []).append(used)
 

@@ -47,7 +47,9 @@ def slots(recipe: Recipe, seed: int) -> list[float]:
         ]
         course.append(float(np.mean(per_token)))
 
-    tokens = recipe.batch * (recipe.length + 1)  # what is read: the last token of a row is foretold, and routed too
+    tokens = (
+        recipe.options.accumulate * recipe.batch * (recipe.length + 1)
+    )  # what is read: the last token of a row is foretold, and routed too
     trained(recipe, after)
     keep(kept, course)
     return course

@@ -3,7 +3,8 @@
 Setting: the protocol of ``_league``, 16 experts. Contestants: the base recipe (weights made to sum to 1); ``once``,
 one pass of 4 experts, everything else as in the recipe; ``chain``, two passes of 2; ``one router`` for both passes;
 ``outer``, where h is added back and no pass adds what it reads; and without routing, ``dense`` (4 experts, all at
-once) against ``dense chain`` (2 experts, both twice): as many active parameters.
+once) against ``dense chain`` (2 experts, both twice): as many active parameters, but half the experts' in all, which
+is what passing twice means without routing.
 
 Rule, written before the first run. `shown` if and only if all of these hold:
 
