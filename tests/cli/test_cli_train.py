@@ -116,7 +116,7 @@ def test_league_writes_its_document(tmp_path, monkeypatch):
     told |= {"specialisation": 0.2, "active_in_training": 5}
     better = told | {"bits_per_byte": 1.5}
     monkeypatch.setattr(league, "play", lambda recipe, seed: better if "wiring" in recipe.model else told)
-    monkeypatch.setattr(league, "paces", lambda entered, turn: dict.fromkeys(entered, 1.0))
+    monkeypatch.setattr(league, "paces", lambda entered, turn: [dict.fromkeys(entered, 1.0)])
     code, out, err = call("league", "--with", "momentum-smoe", "--output", tmp_path / "table.md", "--json")
     assert code == 0, err
     assert [row["recipe"] for row in json.loads(out)] == ["momentum-smoe", "base"]

@@ -38,6 +38,7 @@ def test_recipes_are_ranked_at_equal_compute(small, tmp_path):
     assert by_name["base"].lead.mean == 0
     assert by_name["base"].step_time == 1
     assert by_name["wide"].step_time > 0
+    assert by_name["wide"].speed > 0
     assert by_name["wide"].steps < 6
     assert by_name["wide"].active > by_name["base"].active
     assert by_name["wide"].compute == pytest.approx(1, abs=0.1)
@@ -126,3 +127,9 @@ def test_equal_compute_counts_what_schedules_did_on_the_way(small):
 def test_one_seed_is_no_interval(small):
     with pytest.raises(OptionError, match="at least two different seeds"):
         league.standings(league.entrants(["base"]), (1, 1), lambda done, total: None)
+
+
+def test_a_missing_matplotlib_is_told_before_training(monkeypatch):
+    monkeypatch.setattr(league, "find_spec", lambda name: None)
+    with pytest.raises(OptionError, match="a picture needs matplotlib"):
+        league.can_draw()

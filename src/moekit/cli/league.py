@@ -1,5 +1,6 @@
 """`moekit league`: recipes against each other at equal compute."""
 
+import os
 import platform
 import sys
 from datetime import date
@@ -36,15 +37,19 @@ def league(
     """
     if output is not None and (output.suffix != ".md" or not output.parent.is_dir()):
         raise OutputError(f"--output {output} must be a .md file in a folder that exists")
-    from moekit.lab.league import draw, entrants, markdown, standings
+    from torch import get_num_threads
+
+    from moekit.lab.league import can_draw, draw, entrants, markdown, standings
 
     drawn = numbers(seeds)
+    if output is not None:
+        can_draw()
     with _show.progress("league") as advance:
         rows = standings(entrants(recipes or []), drawn, advance)
     if output is not None:
         command = " ".join(["moekit league", *(f"--with {one}" for one in recipes or []), f"--seeds {seeds}"])
-        where = f"{platform.machine()}, Python {sys.version.split()[0]}"
-        about = f"Written by `{command}` on {date.today()}, {where}, one thread."
+        where = f"{platform.machine()}, {os.cpu_count()} cores, Python {sys.version.split()[0]}"
+        about = f"Written by `{command}` on {date.today()}, {where}, threads: {get_num_threads()}."
         output.write_text(markdown(rows, drawn, about), encoding="utf-8")
         draw(rows, output.with_suffix(".png"))
     if as_json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,17 +32,20 @@ _COLUMNS = (
     "MaxVio",
     "specialisation",
     "step time",
+    "tokens/s",
 )
 _INTERVALS = """intervals are 95 % t intervals over them, of a recipe's own figure and of its lead over the plain
 recipe seed by seed (above zero: better than plain). What this says holds for models of this size, trained this long."""
 _LEGEND = """compute: active parameters times tokens of the training over the plain recipe's; active: on the judge's
 text; MaxVio: mean over layers; specialisation: bits that an expert's name tells of the domain, mean over layers; step
-time: processor time of a training step over the plain recipe's, timed in turns (its whole schedule in a few steps)."""
+time: processor time of a training step over the plain recipe's, and tokens/s of training per second of processor time,
+timed in turns (its whole schedule in a few steps)."""
 
 
 @dataclass(frozen=True)
 class Standing:
-    """One recipe over all seeds; ``compute`` (active parameters times tokens) and ``step_time`` are over plain ones."""
+    """One recipe over all seeds; ``compute`` (active parameters times tokens) and ``step_time`` are over plain ones,
+    ``speed`` is tokens trained on per second of processor time."""
 
     recipe: str
     steps: int
@@ -54,6 +58,7 @@ class Standing:
     max_violation: float
     specialisation: float
     step_time: float
+    speed: float
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -98,13 +103,13 @@ def standings(entered: Mapping[str, Recipe], seeds: Sequence[int], advance: Adva
     for number, (key, recipe) in enumerate(matched.items()):
         advance(many + number, total)
         found[key] = [play(recipe, seed) for seed in seeds]
-    plain, pace = found[BASE], paces(matched, lambda done: advance(2 * many + done, total))
-    rows = [_standing(key, matched[key], found[key], plain, matched[BASE], pace[key]) for key in matched]
+    rounds = paces(matched, lambda done: advance(2 * many + done, total))
+    rows = [_standing(key, matched[key], found[key], found[BASE], matched[BASE], rounds) for key in matched]
     return sorted(rows, key=lambda row: row.bits_per_byte.mean)
 
 
-def paces(entered: Mapping[str, Recipe], turn: Callable[[int], None]) -> dict[str, float]:
-    """Processor time of a training step over the plain recipe's: the median of rounds in which all take turns.
+def paces(entered: Mapping[str, Recipe], turn: Callable[[int], None]) -> list[dict[str, float]]:
+    """Seconds of processor time that a training step takes, round by round, in each of which all take their turn.
 
     ``turn`` is called with the number of turns taken before each.
     """
@@ -115,7 +120,7 @@ def paces(entered: Mapping[str, Recipe], turn: Callable[[int], None]) -> dict[st
             turn(len(rounds) * len(entered) + len(taken))
             taken[key] = _pace(recipe)
         rounds.append(taken)
-    return {key: median(one[key] / one[BASE] for one in rounds) for key in entered}
+    return rounds
 
 
 def _pace(recipe: Recipe) -> float:
@@ -127,7 +132,12 @@ def _pace(recipe: Recipe) -> float:
 
 
 def _standing(
-    key: str, recipe: Recipe, runs: Sequence[Mapping[str, Any]], plain: Any, base: Recipe, pace: float
+    key: str,
+    recipe: Recipe,
+    runs: Sequence[Mapping[str, Any]],
+    plain: Sequence[Mapping[str, Any]],
+    base: Recipe,
+    rounds: Sequence[Mapping[str, float]],
 ) -> Standing:
     def mean(figure: str) -> float:
         return sum(float(run[figure]) for run in runs) / len(runs)
@@ -145,7 +155,8 @@ def _standing(
         compute=mean("active_in_training") * tokens / usual,
         max_violation=mean("max_violation"),
         specialisation=mean("specialisation"),
-        step_time=pace,
+        step_time=median(one[key] / one[BASE] for one in rounds),
+        speed=median(size_of_step(recipe) / one[key] for one in rounds),
     )
 
 
@@ -164,7 +175,8 @@ def markdown(rows: Sequence[Standing], seeds: Sequence[int], about: str) -> str:
     for row in rows:
         lines.append(
             f"| {row.recipe} | {row.bits_per_byte} | {row.lead} | {row.compute:.2f} | {row.steps} | {row.active:,} | "
-            f"{row.total:,} | {row.max_violation:.2f} | {row.specialisation:.3f} | {row.step_time:.2f} |"
+            f"{row.total:,} | {row.max_violation:.2f} | {row.specialisation:.3f} | {row.step_time:.2f} | "
+            f"{row.speed:,.0f} |"
         )
     lines += [
         "",
@@ -178,37 +190,29 @@ def markdown(rows: Sequence[Standing], seeds: Sequence[int], about: str) -> str:
 
 
 def draw(rows: Sequence[Standing], path: Path) -> None:
-    """Loss against active parameters, load balance, specialisation. Needs matplotlib.
+    """Loss against active parameters, load balance, specialisation and speed. Needs matplotlib (:func:`can_draw`)."""
+    from matplotlib.figure import Figure
 
-    Raises:
-        OptionError: it is missing.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise OptionError("a picture needs matplotlib, which is not installed: pip install 'moekit[plot]'") from None
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    loss, uneven, special = figure.subplots(1, 3)
-    sides = (
-        (loss, [row.active for row in rows], "active parameters per token"),
-        (uneven, [row.max_violation for row in rows], "MaxVio"),
-        (special, [row.specialisation for row in rows], "specialisation, bits"),
-    )
-    for side, values, label in sides:
-        side.errorbar(
-            values,
-            [row.bits_per_byte.mean for row in rows],
-            yerr=[
-                [row.bits_per_byte.mean - row.bits_per_byte.low for row in rows],
-                [row.bits_per_byte.high - row.bits_per_byte.mean for row in rows],
-            ],
-            fmt="o",
-            markersize=4,
-            linewidth=0.6,
-        )
+    figure = Figure(figsize=(13, 9), layout="constrained")
+    sides = {
+        "active parameters per token": [row.active for row in rows],
+        "MaxVio": [row.max_violation for row in rows],
+        "specialisation, bits": [row.specialisation for row in rows],
+        "tokens trained on per second of processor time": [row.speed for row in rows],
+    }
+    bits = [row.bits_per_byte for row in rows]
+    reach = [[one.mean - one.low for one in bits], [one.high - one.mean for one in bits]]
+    for side, (label, values) in zip(figure.subplots(2, 2).flat, sides.items(), strict=True):
+        side.errorbar(values, [one.mean for one in bits], yerr=reach, fmt="o", markersize=4, linewidth=0.6)
         for row, value in zip(rows, values, strict=True):
             side.annotate(
                 row.recipe, (value, row.bits_per_byte.mean), fontsize=6, xytext=(3, 3), textcoords="offset points"
             )
         side.set(xlabel=label, ylabel="bits per byte")
     figure.savefig(path, dpi=140)
+
+
+def can_draw() -> None:
+    """OptionError where matplotlib is missing."""
+    if find_spec("matplotlib") is None:
+        raise OptionError("a picture needs matplotlib, which is not installed: pip install 'moekit[plot]'")
