@@ -128,6 +128,7 @@ def test_closed_form_and_what_counts_without_noise():
     p, q = torch.tensor([1.0, 2, 3, 4]) / 4, torch.tensor([1.0, 0, 0, 0])
     expected = sum(v.var(unbiased=False) / (v.mean() ** 2 + 1e-10) for v in (p, q))
     assert torch.isclose(Cost(SITE, costs=[1, 2, 3, 4])(seen), expected)
+    assert torch.isclose(Cost(SITE, costs=[1e-7, 2e-7, 3e-7, 4e-7])(seen), expected)  # in any unit
 
 
 def test_noise_is_for_training_and_does_not_stay():

@@ -12,6 +12,8 @@ from moekit.nn import MoekitConfig, MoekitForCausalLM
 from moekit.nn.activations import GumbelSoftmax
 from moekit.nn.config import Site
 from moekit.nn.elastic import restricted
+from moekit.nn.flow import begin
+from moekit.nn.heads import HeadRouter
 from moekit.nn.moment import Moment
 from moekit.nn.schedule import Schedule
 from moekit.nn.thresholds import Threshold
@@ -106,3 +108,15 @@ def test_candidates_only():
 def test_bad_options():
     with pytest.raises(OptionError, match="most=9 of 4 experts: give 1 to 4"):
         Threshold(SITE, most=9)
+
+
+def test_balance_terms_of_heads_see_the_scores_that_weighed():
+    site = Site(hidden_size=8, intermediate_size=4, num_experts=6, top_k=2)
+    told = {"activation": {"kind": "gumbel-softmax"}, "weigh": {"kind": "scores", "normalise": False}}
+    heads, seen = HeadRouter(site, told, {"load": 0.01}, "heads").train(), []
+    heads.balance["heads-load"].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    torch.manual_seed(0)
+    heads.gate.scorer.initialise(0.5)
+    x_TH = torch.randn(20, 8)
+    routing = heads(x_TH, begin(2, 10, x_TH.device))
+    assert torch.allclose(seen[0].scores_TE.gather(1, routing.expert), routing.weight)

@@ -65,7 +65,7 @@ class Cost(nn.Module):
         super().__init__()
         if len(costs) != site.choices or not min(costs) > 0:
             raise OptionError(f"costs={list(costs)}: give {site.choices} positive numbers, one for each expert")
-        self.costs = tuple(float(cost) for cost in costs)
+        self.costs = tuple(float(cost) * len(costs) / sum(costs) for cost in costs)
 
     def forward(self, seen: Seen) -> Tensor:
         cost_E = torch.tensor(self.costs, device=seen.logits_TE.device)

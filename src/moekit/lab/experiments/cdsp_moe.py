@@ -11,9 +11,12 @@ two sides); a pair of experts conflicts to the degree l_i (1 - l_j) + l_j (1 - l
 weighed by how much they agree, minus that weighed by how much they conflict; experts without tokens are left out. Mean
 of 2 worlds a seed.
 
-Rule, written before the first run. `shown` if and only if the 95 % t intervals over seeds lie above zero for: the
-split; the split minus that without the conflict loss; and the blind quality minus that of the standard MoE that was
-always told. Connections that do not differ falsify the claim. The paper's evidence is a mix of digits; this is a toy.
+Rule. `shown` if and only if the 95 % t intervals over seeds lie above zero for: the split; the split minus that without
+the conflict loss; and the blind quality minus that of the standard MoE that was told the task as often. Connections
+that do not differ falsify the claim. The paper's evidence is a mix of digits; this is a toy.
+
+The third point was first put against the standard MoE that is always told, as the paper does, and held by far; but the
+other one, which has seen hidden tasks too, explains all of it. So it is the baseline now.
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
     """Return quality, splits and sizes of every arm, and the rule's differences. ``text`` is not used."""
     found = each_seed(seeds, advance, measure)
     figures = over_seeds(found)
-    standard = "standard, always told"
+    always, standard = "standard, always told", "standard, told as cdsp is"
     figures["rule"] = {
         "split": interval([one["split"]["cdsp"] for one in found]),
         "split from the conflict loss": interval(
@@ -54,6 +57,7 @@ def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
         ),
         "blind quality over standard": interval([one["blind"]["cdsp"] - one["blind"][standard] for one in found]),
     }
+    figures["blind quality over always told"] = interval([one["blind"]["cdsp"] - one["blind"][always] for one in found])
     return Outcome(shown=holds(figures), figures=figures, setting={"experts": EXPERTS, "k": K, "steps": STEPS})
 
 

@@ -8,6 +8,9 @@ model. What a token uses is counted (experts); that heads work on half the token
 
 Rule, written before the first run. `shown` if and only if the 95 % t intervals over seeds of random minus union and of
 base minus union in bits per byte lie above zero. Random slices that do as well as learnt ones falsify the claim.
+
+``random`` differs in two ways, frozen routers and weights of 1 (as the released code has): a difference of nothing says
+that learnt choices with weights win nothing over both together, not which of the two made up for the other.
 """
 
 from __future__ import annotations
