@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from figures import changed
-from moekit.lab.experiments import _league, dynamoe, moh
+from moekit.lab.experiments import _league, dynamoe, hydra, moh
 from moekit.nn import MoekitConfig, MoekitForCausalLM
 
 
@@ -16,6 +16,13 @@ def about(value, spread=0.01):
 
 HEADS = {"minus_all_heads": {"75 %": about(0.0)}, "random - norm": about(0.1)}
 DEPTHS = {"uniform_minus": {"descending": about(0.1), "ascending": about(0.0)}, "deviation_of_seeds": 0.05}
+
+HYBRID = {
+    "chunks - tokens": about(0.0),
+    "shared expert - chunks": about(0.1),
+    "late_branch": {"no attention at 0.15": about(0.0)},
+    "at 1 - at 0.15": about(0.1),
+}
 
 
 @pytest.mark.parametrize("module", [moh, dynamoe])
@@ -32,6 +39,10 @@ def test_contestants_fit_together(module):
         (moh, HEADS, ["random - norm"], about(0.0)),
         (dynamoe, DEPTHS, ["uniform_minus", "descending"], about(0.0)),
         (dynamoe, DEPTHS, ["deviation_of_seeds"], 0.2),
+        (hydra, HYBRID, ["chunks - tokens"], about(0.1)),
+        (hydra, HYBRID, ["shared expert - chunks"], about(0.0)),
+        (hydra, HYBRID, ["late_branch", "no attention at 0.15"], about(0.02)),
+        (hydra, HYBRID, ["at 1 - at 0.15"], about(0.0)),
     ],
 )
 def test_each_condition_can_fail(module, right, where, value):
@@ -55,3 +66,10 @@ def test_masks_take_the_same_number_of_heads_from_every_token(monkeypatch, tmp_p
     assert set(found) == {"as it is", "norm", "random"}
     assert len(set(found.values())) == 3
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_the_loss_strays_from_its_trend():
+    falling = {"course": {"cross_entropy": [3.0 - 0.1 * step for step in range(30)]}}
+    jumping = {"course": {"cross_entropy": [3.0 - 0.1 * step + 0.5 * (step % 2) for step in range(30)]}}
+    assert dynamoe.fluctuation([falling]) == 0
+    assert dynamoe.fluctuation([jumping]) == pytest.approx(0.25, abs=0.02)

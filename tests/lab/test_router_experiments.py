@@ -135,6 +135,17 @@ def test_every_gate_learns(arm, monkeypatch):
     assert route(router, torch.randn(2, comet_gate.INPUTS), context).used.any(1).all()
 
 
+@pytest.mark.parametrize("name", uni_moe_2.RULE)
+def test_training_must_add_to_what_an_untrained_router_tells(name):
+    right = {"rule": dict.fromkeys(uni_moe_2.RULE, ABOVE)}
+    assert uni_moe_2.holds(right)
+    assert not uni_moe_2.holds(changed(right, ["rule", name], ACROSS))
+
+
+def test_entropy_of_single_symbols():
+    assert uni_moe_2.entropy(np.array([[3, 3], [5, 5]])) == pytest.approx(np.log(2))
+
+
 def test_information_between_modality_and_choice():
     apart = np.array([[[4, 0]], [[0, 4]]])
     label = np.array([0, 1])
