@@ -20,7 +20,8 @@ from moekit.errors import UnsupportedModelError
 class Architecture:
     """``sizes``: fields that all families call alike. ``scores``: "softmax" or "sigmoid"; ``normalise``: weights of the
     chosen sum to 1, then times ``scale``; ``corrected``: a bias moves the choice alone; ``shared_size``: width of the
-    shared expert, 0 for none; ``dense_layers``: layers without experts, ``dense_size`` wide."""
+    shared expert, 0 for none; ``dense_layers``: layers without experts, ``dense_size`` wide; tokens choose from
+    ``groups_kept`` of ``groups`` of experts, those with the two best."""
 
     sizes: dict[str, Any]
     num_experts: int
@@ -34,6 +35,8 @@ class Architecture:
     shared_size: int
     dense_layers: tuple[int, ...]
     dense_size: int
+    groups: int = 1
+    groups_kept: int = 1
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,8 @@ class Sibling:
 def _plain(a: Architecture) -> Sibling | str:
     if a.qk_norm or a.scores != "softmax" or not a.normalise:
         return "has no norm of queries and keys, and softmax weights that sum to 1"
-    if a.corrected or a.shared_size or a.dense_layers:
-        return "has no bias of the choice, no shared expert and no dense layer"
+    if a.corrected or a.shared_size or a.dense_layers or a.groups > 1:
+        return "has no bias of the choice, no groups, no shared expert and no dense layer"
     config = MixtralConfig(
         **a.sizes,
         num_local_experts=a.num_experts,
@@ -64,8 +67,8 @@ def _plain(a: Architecture) -> Sibling | str:
 def _normed(a: Architecture) -> Sibling | str:
     if not a.qk_norm or a.scores != "softmax" or a.scale != 1:
         return "norms queries and keys, and has softmax weights without a scale"
-    if a.corrected or a.shared_size:
-        return "has no bias of the choice and no shared expert"
+    if a.corrected or a.shared_size or a.groups > 1:
+        return "has no bias of the choice, no groups and no shared expert"
     config = Qwen3MoeConfig(
         **a.sizes,
         num_experts=a.num_experts,
@@ -83,6 +86,8 @@ def _corrected(a: Architecture) -> Sibling | str:
         return "has sigmoid scores, and shared experts as wide as a number of its experts"
     if a.dense_layers != tuple(range(len(a.dense_layers))):
         return "has dense layers at the beginning only"
+    if a.num_experts // a.groups < 2:
+        return "ranks groups by their two best experts"
     common = {
         **a.sizes,
         "n_routed_experts": a.num_experts,
@@ -93,8 +98,8 @@ def _corrected(a: Architecture) -> Sibling | str:
         "norm_topk_prob": a.normalise,
         "routed_scaling_factor": a.scale,
         "first_k_dense_replace": len(a.dense_layers),
-        "n_group": 1,
-        "topk_group": 1,
+        "n_group": a.groups,
+        "topk_group": a.groups_kept,
     }
     if a.qk_norm:
         config: PreTrainedConfig = Dots1Config(**common, sliding_window=None)

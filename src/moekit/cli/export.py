@@ -26,13 +26,9 @@ def export(
     """
     check_output(output, overwrite)
     from moekit.checkpoint import Checkpoint
-    from moekit.errors import UnsupportedModelError
     from moekit.nn.stock import export as carry_out
 
-    checkpoint = Checkpoint.open(model)
-    if checkpoint.model_type != "moekit":
-        raise UnsupportedModelError(f"{model} is a stock {checkpoint.model_type} checkpoint already")
-    written = carry_out(checkpoint.path, output, overwrite=overwrite)
+    written = carry_out(model, output, overwrite=overwrite)
     family = Checkpoint.open(str(written)).model_type
     if as_json:
         _show.emit({"output": str(written), "family": family})

@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from ..blocks.recipe import ACTIVATIONS as STOCK
 from ..contract import Context
 from .costs import NoisySoftmax
+from .limits import positive
 from .parts import Site
 from .sinkhorn import SelectiveSinkhorn
 
 
 class Softmax(nn.Module):
     """Over all choices, in float32 at least, after division by ``temperature``."""
+
+    temperature = positive("temperature={value} of a softmax must be positive")
 
     def __init__(self, site: Site, *, temperature: float = 1.0) -> None:
         super().__init__()
@@ -54,7 +57,9 @@ class Sigmoid(nn.Module):
 
 
 class Identity(nn.Module):
-    """The logits themselves, in float32 at least."""
+    """The logits themselves, in float32 at least: of any sign, so no shares of a sum."""
+
+    signed = True
 
     def __init__(self, site: Site) -> None:
         super().__init__()

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from ..errors import OptionError
 from .costs import Cost
 from .coupling import Coupling
-from .information import Concentration, MutualInformation
+from .information import Concentration, MutualInformation, Tsallis
 from .load import KindLoad, Load, SoftLoad
-from .parts import Site, make
+from .parts import Site, fits, make
 from .permutation import PermutationEntropy
 from .seen import Seen, variation
+from .similarity import Similarity
 from .subspace import Conflict, Connections
 from .tree import LeafEntropy
 
@@ -60,10 +61,12 @@ BALANCES: dict[str, Callable[..., Any]] = {
     "soft-load": SoftLoad,
     "z": ZLoss,
     "entropy": Entropy,
+    "tsallis": Tsallis,
     "importance": Importance,
     "mutual-information": MutualInformation,
     "concentration": Concentration,
     "coupling": Coupling,
+    "similarity": Similarity,
     "cost": Cost,
     "conflict": Conflict,
     "connections": Connections,
@@ -75,8 +78,8 @@ BALANCES: dict[str, Callable[..., Any]] = {
 
 def balance_term(name: str, spec: Mapping[str, Any] | float, site: Site) -> tuple[float, nn.Module]:
     """(weight, term): a number is the weight alone; ``kind`` is the name unless it says otherwise."""
-    options = {"weight": spec} if isinstance(spec, int | float) else dict(spec)
+    options = dict(spec) if isinstance(spec, Mapping) else {"weight": spec}
     weight = options.pop("weight", None)
-    if not isinstance(weight, int | float):
+    if weight is None or not fits(weight, float):
         raise OptionError(f"balance {name!r} needs a weight: {name} = 0.01, or {name} = {{weight = 0.01, ...}}")
     return float(weight), make("balance", BALANCES, {"kind": name, **options}, site)

@@ -4,11 +4,28 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import AutoConfig
 
 from ..errors import OptionError
 from .depth import per_layer
 from .parts import Site
+
+_LEAST = {
+    "vocab_size": 1,
+    "hidden_size": 1,
+    "intermediate_size": 1,
+    "moe_intermediate_size": 1,
+    "shared_expert_intermediate_size": 0,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 2,
+    "layers_per_bank": 1,
+    "max_position_embeddings": 1,
+    "initializer_range": 0,
+    "rms_norm_eps": 0,
+}
 
 
 @strict
@@ -69,13 +86,33 @@ class MoekitConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+            self.head_dim = self.hidden_size // max(1, self.num_attention_heads)
+        self._check()
         for name in ("num_experts", "num_experts_per_tok"):
             if isinstance(rule := getattr(self, name), dict):
                 setattr(self, name, per_layer(rule, self.num_hidden_layers))
-        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
-            raise OptionError(f"pad_token_id={self.pad_token_id} is not among the {self.vocab_size} tokens there are")
         super().__post_init__(**kwargs)
+
+    def _check(self) -> None:
+        """OptionError for sizes that no model has, or that do not fit together."""
+        size: dict[str, Any] = {name: getattr(self, name) for name in _LEAST}
+        for name, least in _LEAST.items():
+            if not size[name] >= least:
+                raise OptionError(f"{name}={size[name]}: give {least} or more")
+        heads, groups = size["num_attention_heads"], size["num_key_value_heads"]
+        if heads % groups:
+            raise OptionError(f"num_attention_heads={heads} must be a multiple of num_key_value_heads={groups}")
+        if size["head_dim"] % 2:
+            raise OptionError(f"head_dim={self.head_dim} must be even: rotary positions turn halves of a head")
+        if self.hidden_act not in ACT2FN:
+            raise OptionError(f"hidden_act={self.hidden_act!r} is not known: choose one of {', '.join(sorted(ACT2FN))}")
+        if any(not 0 <= layer < self.num_hidden_layers for layer in self.dense_layers or ()):
+            raise OptionError(
+                f"dense_layers={self.dense_layers}: the {self.num_hidden_layers} layers have the numbers from 0 to "
+                f"{self.num_hidden_layers - 1}"
+            )
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise OptionError(f"pad_token_id={self.pad_token_id} is not among the {self.vocab_size} tokens there are")
 
     def site(self, layer: int) -> Site:
         """What the parts of one MoE layer are told about it.
@@ -98,8 +135,6 @@ class MoekitConfig(PreTrainedConfig):
     def bank_layers(self, layer: int) -> list[int]:
         """The MoE layers that choose from the same experts as ``layer``, neighbours all."""
         size = self.layers_per_bank
-        if size < 1:
-            raise OptionError(f"layers_per_bank={size}: give 1 for a bank per layer, or more")
         group = range(layer - layer % size, min(layer - layer % size + size, self.num_hidden_layers))
         return [other for other in group if other == layer or other not in (self.dense_layers or ())]
 

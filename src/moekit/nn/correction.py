@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
+from .limits import positive
 
 Update = Literal["sign", "proportional"]
 Course = Literal["constant", "1/sqrt(n)", "1/n"]
@@ -25,11 +26,10 @@ class Correction(nn.Module):
     """
 
     steps: Tensor
+    rate = positive("rate={value} of a bias correction must be positive")
 
     def __init__(self, *, rate: float = 1e-3, update: Update = "sign", course: Course = "constant") -> None:
         super().__init__()
-        if not rate > 0:
-            raise OptionError(f"rate={rate} of a bias correction must be positive")
         if update not in get_args(Update):
             raise OptionError(f"update={update!r} of a bias correction: choose one of {', '.join(get_args(Update))}")
         if course not in get_args(Course):

@@ -12,6 +12,7 @@ from transformers import initialization as init
 
 from ..errors import OptionError
 from .flow import recomputed
+from .limits import positive
 from .parts import Site
 from .seen import Seen, share
 
@@ -96,10 +97,10 @@ class SoftLoad(nn.Module):
     uneven load, which cost :class:`Load` nothing, cost here (Sigma-MoE-Tiny, top-1 load-balancing loss).
     """
 
+    temperature = positive("temperature={value} of a soft load must be positive")
+
     def __init__(self, site: Site, *, temperature: float = 0.1) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise OptionError(f"temperature={temperature:g} of a soft load must be positive")
         self.temperature = temperature
 
     def forward(self, seen: Seen) -> Tensor:
@@ -115,6 +116,8 @@ class KindLoad(Load):
     be balanced among themselves (AdaMoE, null experts).
     """
 
+    others = positive("others={value} weighs the load of experts without weights: give a positive number")
+
     def __init__(
         self,
         site: Site,
@@ -125,8 +128,6 @@ class KindLoad(Load):
         probability: str = "softmax",
     ) -> None:
         super().__init__(site, scope=scope, probability=probability)
-        if not others > 0:
-            raise OptionError(f"others={others} weighs the load of experts without weights: give a positive number")
         self.others, self.average, self.experts = others, average, site.num_experts
 
     def shares(self, count_E: Tensor) -> Tensor:

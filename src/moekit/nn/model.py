@@ -178,10 +178,12 @@ class MoekitModel(MoekitPreTrainedModel):
         task_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> MoekitModelOutput:
-        """``modality_ids`` and ``task_ids`` [B, S] reach every router's context."""
+        """``modality_ids`` and ``task_ids`` [B, S] reach every router's context. An empty batch passes no layer."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if not embeds.numel():
+            return MoekitModelOutput(self.norm(embeds), past_key_values, losses={}, expert_load=(), other_load={})
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None and self.can_cache and not self.training:
             past_key_values = DynamicCache(config=self.config)
@@ -269,7 +271,7 @@ class MoekitForCausalLM(MoekitPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> MoekitOutput:
-        """``labels`` are shifted here, as everywhere in transformers; -100 is left out."""
+        """``labels`` are shifted here, as everywhere in transformers; -100 is left out, and one token alone costs 0."""
         number = kwargs.pop("num_items_in_batch", None)
         out = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -277,7 +279,8 @@ class MoekitForCausalLM(MoekitPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             extra = {} if number is None else {"num_items_in_batch": number}
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **extra)
+            told = logits.numel() and labels.shape[-1] > 1  # without a second token there is nothing to get wrong
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **extra) if told else logits.sum() * 0
             loss = loss + sum(out.losses.values())
         return MoekitOutput(
             loss=loss,

@@ -1,17 +1,20 @@
 """How a configuration names its parts, and what each part is told about the place it gets.
 
 A part is named by a word ("top-k") or by a table with its options ({kind = "top-p", p = 0.4}); every part's class takes
-the :class:`Site` first and its options by keyword.
+the :class:`Site` first and its options by keyword, with annotations that values are held against. What an attribute may
+be, also when a schedule moves it, is said by :mod:`moekit.nn.limits`.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from torch import nn
 
@@ -77,19 +80,63 @@ class Site:
 def make(what: str, table: Mapping[str, Callable[..., Part]], spec: Spec, *given: Any) -> Part:
     """The part of ``table`` that ``spec`` names, built with ``given`` and the options of the spec.
 
-    Raises :class:`OptionError` for a name that is not in the table, an option the part does not have, or a missing one.
+    Raises :class:`OptionError` for a name that is not in the table, and what :func:`built` refuses.
     """
+    if not isinstance(spec, str | Mapping):
+        raise OptionError(f"{what} {spec!r}: give a name, or a table with the name as its kind and options")
     options = {"kind": spec} if isinstance(spec, str) else dict(spec)
     kind = str(options.pop("kind", None))
     if kind not in table:
         raise OptionError(f"{what} {kind!r} is not known: choose one of {', '.join(sorted(table))}")
-    parameters = inspect.signature(table[kind]).parameters.values()
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    for name in options:
+    return built(f"{what} {kind!r}", table[kind], options, *given)
+
+
+def built(what: str, create: Callable[..., Part], options: Mapping[str, Any], *given: Any) -> Part:
+    """What ``create`` makes of ``given`` and, by keyword, of ``options``.
+
+    Raises :class:`OptionError` for an option it does not have, a missing one, and a value its annotation excludes.
+    """
+    parameters = inspect.signature(create, eval_str=True).parameters.values()
+    known = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+    for name, value in options.items():
         if name not in known:
             has = f"has {', '.join(known)}" if known else "has no options"
-            raise OptionError(f"{what} {kind!r} has no option {name!r}: it {has}")
-    for p in parameters:
-        if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in options:
-            raise OptionError(f"{what} {kind!r} needs the option {p.name!r}")
-    return table[kind](*given, **options)
+            raise OptionError(f"{what} has no option {name!r}: it {has}")
+        if not fits(value, known[name].annotation):
+            raise OptionError(f"{what} cannot have {name}={value!r}: give {wanted(known[name].annotation)}")
+    for p in known.values():
+        if p.default is p.empty and p.name not in options:
+            raise OptionError(f"{what} needs the option {p.name!r}")
+    return create(*given, **options)
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is what an annotation says: whole numbers are floats too, truth is no number, nor is NaN."""
+    inner = get_args(hint)
+    if get_origin(hint) in (Union, UnionType):
+        return any(fits(value, one) for one in inner)
+    if get_origin(hint) is Literal:
+        return value in inner
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is float:
+        return fits(value, int) or (isinstance(value, float) and math.isfinite(value))
+    kind = get_origin(hint) or hint
+    if kind is Sequence:
+        return isinstance(value, list | tuple) and all(fits(one, inner[0]) for one in value)
+    return kind is Any or kind is inspect.Parameter.empty or isinstance(value, kind)
+
+
+_WORDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a name", Mapping: "a table"}
+
+
+def wanted(hint: Any) -> str:
+    """An annotation in words."""
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        return " or ".join(wanted(one) for one in inner if one is not NoneType)
+    if kind is Literal:
+        return f"one of {', '.join(map(str, inner))}"
+    if kind is Sequence:
+        return f"a list, each of it {wanted(inner[0])}"
+    return _WORDS.get(Mapping if kind is dict else kind, str(kind))

@@ -24,8 +24,8 @@ def ranked(scores_TE: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def best(ranks_TE: Tensor, k: int) -> Tensor:
-    """int64 [T, min(k, E)]: the highest ranks, highest first; PAD where fewer are allowed."""
-    values, expert = ranks_TE.topk(min(k, ranks_TE.shape[1]), dim=1)
+    """int64 [T, k]: the highest ranks, highest first; PAD where fewer are allowed."""
+    values, expert = ranks_TE.topk(k, dim=1)
     return expert.masked_fill(values == -math.inf, PAD)
 
 

@@ -6,10 +6,12 @@ Shapes by suffix: T tokens, H hidden size, K slots, E choices.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ..contract import PAD, Context, Routing, route
 from ..errors import OptionError
@@ -51,6 +53,11 @@ class Router(nn.Module):
         self.selector = make("selector", SELECTORS, named["select"], site)
         self.weigher = make("weigher", WEIGHERS, named["weigh"], site)
         self.granularity = make("granularity", GRANULARITIES, named["granularity"], site)
+        if getattr(self.activation, "signed", False) and getattr(self.weigher, "normalise", False):
+            raise OptionError(
+                "raw logits have any sign, their sum may be 0 or less and no weights can be shares of it: weigh by "
+                "'chosen', or by {kind = \"scores\", normalise = false}"
+            )
         self.bias: Tensor | None
         self.register_buffer("bias", torch.zeros(site.choices) if corrected else None)
         self.pool: Tensor | None = None
@@ -61,9 +68,16 @@ class Router(nn.Module):
         return getattr(self.selector, "k", self.num_experts)
 
     def score(self, x_TH: Tensor, context: Context) -> Tensor:
-        """Logits [T, E]; -inf outside the pool."""
-        logits = self.granularity(x_TH, self.scorer, context)
+        """Logits [T, E]; -inf outside the pool. Those of float16 are float32: their product may overflow float16."""
+        logits = self.granularity(x_TH, self._logits, context)
         return logits if self.pool is None else logits.masked_fill(~self.pool.to(logits.device), -torch.inf)
+
+    def _logits(self, x_TH: Tensor, context: Context) -> Tensor:
+        if x_TH.dtype != torch.float16:
+            return self.scorer(x_TH, context)
+        held = chain(self.scorer.named_parameters(), self.scorer.named_buffers())
+        wide = {name: value.float() for name, value in held if value.dtype == torch.float16}
+        return functional_call(self.scorer, wide, (x_TH.float(), context))
 
     def scores(self, logits_TE: Tensor, context: Context) -> Tensor:
         """What is ranked [T, E], float32 at least; once for all stages of a pass, also where it is drawn at random."""

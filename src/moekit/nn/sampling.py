@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..contract import Context
 from ..errors import OptionError
+from .limits import slots
 from .parts import Site
 from .ranking import best, ranked
 
@@ -23,11 +24,12 @@ class Sampled(nn.Module):
     probabilities and not negative; a selection bias only moves those that are not drawn.
     """
 
+    k = slots("k={value} among {at.choices} experts")
+
     def __init__(self, site: Site, *, drawn: int = 1, k: int | None = None) -> None:
         super().__init__()
-        self.k, self.drawn = site.top_k if k is None else k, drawn
-        if not 1 <= self.k <= site.choices:
-            raise OptionError(f"k={self.k} among {site.choices} experts: give 1 to {site.choices}")
+        self.choices, self.drawn = site.choices, drawn
+        self.k = site.top_k if k is None else k
         if not 0 <= drawn <= self.k:
             raise OptionError(f"drawn={drawn} of k={self.k} choices: give 0 to {self.k}")
 

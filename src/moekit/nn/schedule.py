@@ -14,17 +14,25 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from .elastic import Candidates, Members
+from .limits import Limited
 from .moment import Moment
-from .parts import make
+from .parts import fits, make
+
+
+def stretch(begin: float, until: float) -> tuple[float, float]:
+    """Both, if they are shares of a run and the first is not later; :class:`OptionError` otherwise."""
+    if not 0 <= begin <= until <= 1:
+        raise OptionError(f"a course from {begin:g} to {until:g}: both are shares of the run, the first not later")
+    return begin, until
 
 
 class Moving:
     """From ``start`` to ``end`` while the run goes from share ``begin`` to share ``until``; held before and after."""
 
     def __init__(self, *, start: float, end: float, begin: float = 0.0, until: float = 1.0) -> None:
-        if not 0 <= begin <= until <= 1:
-            raise OptionError(f"a course from {begin:g} to {until:g}: both are shares of the run, the first not later")
-        self.start, self.end, self.begin, self.until = start, end, begin, until
+        self.begin, self.until = stretch(begin, until)
+        self.start, self.end = start, end
+        self.values = [start, end]
 
     def __call__(self, moment: Moment, module: nn.Module) -> float:
         return self.between(moment.share(self.begin, self.until))
@@ -98,7 +106,7 @@ class Pool:
     def __init__(self, *, own: float, begin: float = 0.0, until: float = 1.0) -> None:
         if not 0 < own <= 1:
             raise OptionError(f"own={own:g} is a share of a router's choices: give more than 0 and at most 1")
-        self.own, self.begin, self.until = own, begin, until
+        self.own, (self.begin, self.until) = own, stretch(begin, until)
 
     def __call__(self, moment: Moment, module: nn.Module) -> Tensor | None:
         choices = module.num_experts
@@ -135,7 +143,7 @@ class Schedule:
     parameters are frozen (staged training).
 
     Raises:
-        OptionError: no module matches, or one has no such attribute.
+        OptionError: no module matches, one has no such attribute, or it cannot be what the course makes of it.
     """
 
     def __init__(self, model: nn.Module, target: str, course: Mapping[str, Any]) -> None:
@@ -148,8 +156,36 @@ class Schedule:
             raise OptionError(f"schedule {target!r}: no module of the model is called {pattern}")
         if not self.modules:
             raise OptionError(f"schedule {target!r}: {type(found[0]).__name__} has no attribute {self.attribute!r}")
-        self.whole = all(type(getattr(module, self.attribute, None)) is int for module in self.modules)
         self.before = [getattr(module, self.attribute, True) for module in self.modules]
+        self.whole = all(type(value) is int for value in self.before)
+        for module, value in zip(self.modules, self.before, strict=True):
+            self._check(target, module, value)
+
+    def _check(self, target: str, module: nn.Module, before: Any) -> None:
+        """What the course will give must be fit for the attribute: found out before the run, not in the midst of it."""
+        owner = getattr(type(module), self.attribute, None)
+        if callable(before) or (isinstance(owner, property) and owner.fset is None):
+            raise OptionError(f"schedule {target!r}: {type(module).__name__}.{self.attribute} cannot be set")
+        if isinstance(self.course, Pool | Candidates) and self.attribute != "pool":
+            raise OptionError(
+                f"schedule {target!r}: candidates are drawn for a router's pool, not for {self.attribute}"
+            )
+        values = [self._held(value) for value in getattr(self.course, "values", [])]
+        moves = isinstance(self.course, Moving)
+        if self.whole and moves:
+            values += range(min(values), max(values))  # it comes by those between, too
+        for value in values:
+            alike = all(fits(before, kind) == fits(value, kind) for kind in (bool, float))
+            if not alike and (moves or before is not None):
+                raise OptionError(
+                    f"schedule {target!r} gives {value!r}, and {self.attribute} is of type {type(before).__name__}: "
+                    "give values of that type"
+                )
+            if isinstance(owner, Limited):
+                owner.check(module, value)
+
+    def _held(self, value: Any) -> Any:
+        return round(value) if self.whole and isinstance(value, float) else value
 
     def end(self) -> None:
         """Training is over: what was drawn anew at each step goes back to what it was, every other value stays."""
@@ -165,4 +201,4 @@ class Schedule:
             if self.attribute == TRAINABLE:
                 module.requires_grad_(bool(value))
                 continue
-            setattr(module, self.attribute, round(value) if self.whole and isinstance(value, float) else value)
+            setattr(module, self.attribute, self._held(value))

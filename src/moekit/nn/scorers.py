@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ..contract import Context
+from ..errors import OptionError
 from .calibrated import Calibrated
 from .given import Given, Hash, Offered
 from .parts import Site
@@ -69,10 +70,15 @@ class MLP(nn.Module):
 
 
 class Cosine(nn.Module):
-    """``cos(x, w_e) / temperature`` with the temperature learnt (X-MoE)."""
+    """``cos(x, w_e) / temperature`` with the temperature learnt (X-MoE).
+
+    Raises :class:`OptionError` for a ``temperature`` to start from that is not positive.
+    """
 
     def __init__(self, site: Site, *, temperature: float = 0.3) -> None:
         super().__init__()
+        if not temperature > 0:
+            raise OptionError(f"temperature={temperature:g} of a cosine must be positive")
         self.weight = nn.Parameter(torch.zeros(site.choices, site.hidden_size))
         self.start = temperature
         self.temperature = nn.Parameter(torch.tensor(temperature))

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..contract import PAD, Context
-from ..errors import OptionError
 from .capacity import Capped
 from .expert_choice import ExpertChoice
+from .group_limited import GroupLimited
+from .limits import Limited, slots
 from .parts import Site
 from .ranking import best, ranked
 from .sampling import Sampled
@@ -26,11 +27,12 @@ from .thresholds import Percentile, Support, Threshold
 class TopK(nn.Module):
     """The ``k`` highest; the layer's own k where none is given."""
 
+    k = slots("top-k of {value} among {at.choices} experts")
+
     def __init__(self, site: Site, *, k: int | None = None) -> None:
         super().__init__()
+        self.choices = site.choices
         self.k = site.top_k if k is None else k
-        if not 1 <= self.k <= site.choices:
-            raise OptionError(f"top-k of {self.k} among {site.choices} experts: give 1 to {site.choices}")
 
     def forward(self, scores_TE: Tensor, context: Context, bias: Tensor | None = None) -> Tensor:
         return best(ranked(scores_TE, bias), self.k)
@@ -42,10 +44,14 @@ class TopP(nn.Module):
     Harder Tasks Need More Experts: t = min{m : sum of the m highest >= p}, where the sum is 1 as of a softmax.
     """
 
+    p: Any = Limited(
+        float, lambda p, part: 0 < p <= 1, "p={value} is a share of the probability: give more than 0 and at most 1"
+    )
+    most = slots("most={value} of {at.choices} experts")
+
     def __init__(self, site: Site, *, p: float = 0.4, most: int | None = None) -> None:
         super().__init__()
-        if not 0 < p <= 1:
-            raise OptionError(f"p={p} is a share of the probability: give more than 0 and at most 1")
+        self.choices = site.choices
         self.p, self.most = p, site.choices if most is None else most
 
     def forward(self, scores_TE: Tensor, context: Context, bias: Tensor | None = None) -> Tensor:
@@ -61,11 +67,18 @@ class TopP(nn.Module):
 class Grouped(nn.Module):
     """The ``k / groups`` highest in each of ``groups`` equal groups of neighbours: all groups equally loaded (MoGE)."""
 
+    k: Any = Limited(
+        int,
+        lambda k, part: (
+            1 <= k <= part.choices and part.groups >= 1 and not (part.choices % part.groups or k % part.groups)
+        ),
+        "{at.groups} groups do not divide {at.choices} experts and {value} slots evenly",
+    )
+
     def __init__(self, site: Site, *, groups: int, k: int | None = None) -> None:
         super().__init__()
-        self.groups, self.k = groups, site.top_k if k is None else k
-        if groups < 1 or site.choices % groups or self.k % groups:
-            raise OptionError(f"{groups} groups do not divide {site.choices} experts and {self.k} slots evenly")
+        self.choices, self.groups = site.choices, groups
+        self.k = site.top_k if k is None else k
 
     def forward(self, scores_TE: Tensor, context: Context, bias: Tensor | None = None) -> Tensor:
         ranks = ranked(scores_TE, bias).unflatten(1, (self.groups, -1))
@@ -78,6 +91,7 @@ SELECTORS: dict[str, Callable[..., Any]] = {
     "top-k": TopK,
     "top-p": TopP,
     "grouped": Grouped,
+    "group-limited": GroupLimited,
     "percentile": Percentile,
     "threshold": Threshold,
     "support": Support,

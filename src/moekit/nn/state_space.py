@@ -16,6 +16,7 @@ from transformers import initialization as init
 
 from ..contract import Context
 from ..errors import OptionError
+from .flow import carry, real
 from .given import label_of
 from .grouped import GroupedLinear
 from .scan import scan
@@ -28,7 +29,8 @@ class StateSpace(nn.Module):
 
     With ``modalities`` above 1 the projections named by ``split`` exist once per modality, and each token uses its own
     (Mixture-of-Mamba): "in", "x", "dt", "out". The convolution, A and D are shared, and one scan runs over the mixed
-    sequence. Padding leaves the state as it is. The state is not kept between calls, so generation runs the text anew.
+    sequence. How many tokens each has goes to the carry's ``other_load``, under "attention". Padding leaves the state
+    as it is. The state is not kept between calls, so generation runs the text anew.
 
     Raises:
         OptionError: sizes below 1, an unknown projection, no modality ids where they are needed, or too high ones.
@@ -116,6 +118,8 @@ class StateSpace(nn.Module):
         group_T = label_of(context, "modality")
         if len(group_T) and not 0 <= int(group_T.min()) <= int(group_T.max()) < self.modalities:
             raise OptionError(f"modality ids up to {int(group_T.max())}, and modalities={self.modalities}")
+        count = torch.bincount(group_T[real(group_T, context)], minlength=self.modalities)
+        carry(context).other_load.setdefault("attention", []).append(count)
         return group_T
 
     def _project(self, linear: GroupedLinear, x: Tensor, group_T: Tensor) -> Tensor:

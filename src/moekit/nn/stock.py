@@ -1,7 +1,12 @@
-"""A :class:`MoekitForCausalLM` as a checkpoint of the stock family that computes the same, where there is one."""
+"""A :class:`MoekitForCausalLM` as a checkpoint of the stock family that computes the same, where there is one.
+
+A choice limited to groups of experts is carried by the families whose configuration has groups and whose attention is
+plain. The one it comes from is not among them: its attention norms compressed keys and values, which no plain one does.
+"""
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,13 +14,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
+from ..checkpoint import Checkpoint
 from ..checkpoint.stock_families import Architecture, Sibling, sibling
-from ..errors import OutputError, UnsupportedModelError
+from ..errors import CheckpointError, MoekitError, OutputError, UnsupportedModelError
+from .activations import ACTIVATIONS
+from .banks import BANKS
+from .block import BLOCKS
 from .config import MoekitConfig
+from .granularity import GRANULARITIES
+from .mixers import ATTENTIONS
 from .model import MoekitForCausalLM
+from .parts import Spec
 from .router import DEFAULTS
+from .scorers import SCORERS
+from .selectors import SELECTORS
+from .sublayers import FEED_FORWARDS
+from .weighers import WEIGHERS
+from .wiring import WIRINGS
 
 TOLERANCE = 1e-4
 """Largest difference of a logit, relative to the largest logit: other orders of the same sums in float32."""
@@ -36,42 +53,81 @@ _SIZES = (
     "bos_token_id",
     "eos_token_id",
 )
-_PLAIN: Mapping[str, Any] = {
-    "wiring": "residual",
-    "block": "sequential",
-    "feed_forward": "moe",
-    "memory": None,
-    "attention": "softmax",
-    "experts": "stacked",
-    "layers_per_bank": 1,
+_PLAIN: Mapping[str, tuple[Mapping[str, Any], str]] = {
+    "wiring": (WIRINGS, "residual"),
+    "block": (BLOCKS, "sequential"),
+    "attention": (ATTENTIONS, "softmax"),
+    "experts": (BANKS, "stacked"),
 }
+_ROUTER: Mapping[str, tuple[Mapping[str, Any], tuple[str, ...], tuple[str, ...]]] = {
+    "score": (SCORERS, ("linear",), ("frozen",)),
+    "activation": (ACTIVATIONS, ("softmax", "sigmoid"), ()),
+    "select": (SELECTORS, ("top-k", "group-limited"), ("k", "groups", "keep")),
+    "weigh": (WEIGHERS, ("scores", "chosen"), ("normalise", "scale")),
+    "granularity": (GRANULARITIES, ("token",), ()),
+}
+"""Of each part of a router: its table, the kinds that families have, and which of their options may have any value."""
 
 
 def export(folder: str | Path, output: Path, *, overwrite: bool = False) -> Path:
     """Write the stock checkpoint of a saved model; its logits on random tokens are compared before it gets its name.
 
     Raises:
+        CheckpointError: no model, or weights that are not those its configuration asks for.
         UnsupportedModelError: no stock family has this architecture, and which part none has.
         OutputError: the output exists, or the stock model's logits differ.
     """
     if output.exists() and not overwrite:
         raise OutputError(f"{output} exists: choose another folder or give --overwrite")
-    model = MoekitForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    found = sibling(architecture(model.config))
+    checkpoint = Checkpoint.open(folder)
+    if checkpoint.model_type != MoekitConfig.model_type:
+        raise UnsupportedModelError(f"{folder} is a stock {checkpoint.model_type} checkpoint already")
+    check(checkpoint)
+    found = sibling(architecture(checkpoint.transformers_config))
+    model = MoekitForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32).eval()
     work = output.with_name(f".{output.name}.export")
     shutil.rmtree(work, ignore_errors=True)
     stock = AutoModelForCausalLM.from_config(found.config, dtype=torch.float32).eval()
     stock.load_state_dict(dict(renamed(model.state_dict(), found)))
     stock.save_pretrained(work)
     off = difference(model, AutoModelForCausalLM.from_pretrained(work, dtype=torch.float32).eval())
-    if off > TOLERANCE:
+    if not off <= TOLERANCE:  # nor where either is NaN
         shutil.rmtree(work)
         raise OutputError(f"the stock model's logits differ by {off:.1e} of the largest: nothing was written")
-    if (Path(folder) / "tokenizer_config.json").is_file():
-        AutoTokenizer.from_pretrained(folder).save_pretrained(work)
+    if (checkpoint.path / "tokenizer_config.json").is_file():
+        checkpoint.tokenizer().save_pretrained(work)
     if output.exists():
         shutil.rmtree(output)
     return work.replace(output)
+
+
+def check(checkpoint: Checkpoint) -> None:
+    """That the weights are those the configuration asks for, before any is read.
+
+    Raises:
+        CheckpointError: they are not, or the configuration describes no model. OptionError: its parts do not fit.
+        UnsupportedModelError: they are in a compressed format.
+    """
+    if "quantization_config" in checkpoint.config:
+        raise UnsupportedModelError(f"{checkpoint.path} is compressed: export the model it was made of")
+    try:
+        empty = checkpoint.skeleton()
+    except MoekitError:
+        raise
+    except Exception as error:
+        said = (str(error).strip() or "nothing said").splitlines()[0]
+        kind = type(error).__name__
+        raise CheckpointError(f"{checkpoint.path}: its config.json describes no model ({kind}: {said})") from None
+    wanted = {name: list(tensor.shape) for name, tensor in empty.state_dict().items()}
+    stored = {name: list(info.shape) for name, info in checkpoint.tensors.items()}
+    for name in sorted(wanted.keys() | stored.keys()):
+        found, asked = stored.get(name), wanted.get(name)
+        if asked is None:
+            raise CheckpointError(f"{checkpoint.path}: {name} has no place in the model its configuration describes")
+        if found is None and name not in empty.all_tied_weights_keys:
+            raise CheckpointError(f"{checkpoint.path}: {name} is missing, and its configuration asks for it")
+        if found not in (None, asked):
+            raise CheckpointError(f"{checkpoint.path}: {name} has shape {found}, its configuration asks for {asked}")
 
 
 def architecture(config: MoekitConfig) -> Architecture:
@@ -79,43 +135,78 @@ def architecture(config: MoekitConfig) -> Architecture:
 
     Raises :class:`UnsupportedModelError` that names the first part they do not.
     """
-    for name, plain in _PLAIN.items():
-        if getattr(config, name) != plain:
+    for name, (table, plain) in _PLAIN.items():
+        specs = getattr(config, name)
+        for spec in specs if isinstance(specs, list) else [specs]:
+            if settled(table, spec) != settled(table, plain):
+                raise UnsupportedModelError(f"no stock family has {name} = {spec!r}")
+    for name, none in (("memory", None), ("layers_per_bank", 1)):
+        if getattr(config, name) != none:
             raise UnsupportedModelError(f"no stock family has {name} = {getattr(config, name)!r}")
     if config.others:
         raise UnsupportedModelError(f"no stock family has experts of the kinds {config.others}")
-    counts = config.num_experts, config.num_experts_per_tok
-    if not isinstance(counts[0], int) or not isinstance(counts[1], int):
+    parts, dense = router_parts(config), dense_layers(config)
+    sites = [config.site(layer) for layer in range(config.num_hidden_layers) if layer not in dense] or [config.site(0)]
+    counts = {(site.num_experts, parts["select"]["k"] or site.top_k) for site in sites}
+    if len(counts) > 1:
         raise UnsupportedModelError("no stock family has numbers of experts, or of slots, that differ between layers")
-    parts = {name: _table(spec) for name, spec in (DEFAULTS | (config.router or {})).items()}
-    known = {"score": ["linear"], "select": ["top-k"], "granularity": ["token"], "activation": ["softmax", "sigmoid"]}
-    known["weigh"] = ["scores", "chosen"]
-    allowed = {"weigh": {"normalise", "scale"}}
-    for name, part in parts.items():
-        strange = set(part) - {"kind"} - allowed.get(name, set())
-        if part["kind"] not in known[name] or strange:
-            raise UnsupportedModelError(f"no stock family has a router with {name} = {part!r}")
     over_chosen = parts["weigh"]["kind"] == "chosen"
     if over_chosen and parts["activation"]["kind"] != "softmax":
         raise UnsupportedModelError("no stock family weighs by a softmax over the chosen and ranks by a sigmoid")
+    ((num_experts, top_k),) = counts
+    groups, kept = parts["select"].get("groups", 1), parts["select"].get("keep", 1)
     return Architecture(
         sizes={name: getattr(config, name) for name in _SIZES},
-        num_experts=counts[0],
-        top_k=counts[1],
+        num_experts=num_experts,
+        top_k=top_k,
         expert_size=config.moe_intermediate_size,
         qk_norm=config.qk_norm,
         scores=parts["activation"]["kind"],
-        normalise=over_chosen or parts["weigh"].get("normalise", True),
-        scale=parts["weigh"].get("scale", 1.0),
+        normalise=over_chosen or parts["weigh"]["normalise"],
+        scale=parts["weigh"]["scale"],
         corrected=config.correction is not None,
         shared_size=config.shared_expert_intermediate_size,
-        dense_layers=tuple(sorted(config.dense_layers or ())),
+        dense_layers=dense,
         dense_size=config.intermediate_size,
+        groups=groups if kept < groups else 1,  # where all are kept, nothing is limited
+        groups_kept=kept if kept < groups else 1,
     )
 
 
-def _table(spec: Any) -> dict[str, Any]:
-    return {"kind": spec} if isinstance(spec, str) else dict(spec)
+def dense_layers(config: MoekitConfig) -> tuple[int, ...]:
+    """The layers without experts, however the configuration says so."""
+    found = set(config.dense_layers or ())
+    for layer in set(range(config.num_hidden_layers)) - found:
+        spec = config.feed_forward_of(layer)
+        kind = settled(FEED_FORWARDS, spec)["kind"]
+        if kind not in ("moe", "dense"):
+            raise UnsupportedModelError(f"no stock family has feed_forward = {spec!r}")
+        if kind == "dense":
+            found.add(layer)
+    return tuple(sorted(found))
+
+
+def router_parts(config: MoekitConfig) -> dict[str, dict[str, Any]]:
+    """The parts of the router, :func:`settled`.
+
+    Raises :class:`UnsupportedModelError` for one that no family has.
+    """
+    parts = {}
+    for name, spec in (DEFAULTS | (config.router or {})).items():
+        table, kinds, free = _ROUTER[name]
+        part = settled(table, spec)
+        plain = part | settled(table, part["kind"])
+        if part["kind"] not in kinds or any(value != plain[key] for key, value in part.items() if key not in free):
+            raise UnsupportedModelError(f"no stock family has a router with {name} = {spec!r}")
+        parts[name] = part
+    return parts
+
+
+def settled(table: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
+    """The kind of a part and all of its options, at their defaults where none are given."""
+    given = {"kind": spec} if isinstance(spec, str) else dict(spec)
+    parameters = inspect.signature(table[given["kind"]]).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} | given
 
 
 def renamed(state: Mapping[str, Tensor], found: Sibling) -> Iterator[tuple[str, Tensor]]:

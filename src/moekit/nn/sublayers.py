@@ -18,7 +18,7 @@ from .correction import Correction
 from .decomposed import Decomposed
 from .experts import KINDS, FeedForward, shared_expert
 from .layer import MoE
-from .parts import Site, make
+from .parts import Site, built, make
 from .rank_one import Memory
 from .router import Router
 
@@ -32,7 +32,7 @@ def moe_layer(config: Any, layer: int) -> MoE:
         shared=shared_expert(config),
         others=[make("expert", KINDS, kind, site) for kind in config.others or ()],
         balance={name: balance_term(name, spec, site) for name, spec in (config.balance or {}).items()},
-        correction=None if config.correction is None else make("", {"": Correction}, {"kind": "", **config.correction}),
+        correction=None if config.correction is None else built("correction", Correction, config.correction),
     )
 
 

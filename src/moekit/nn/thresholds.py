@@ -14,6 +14,7 @@ from transformers import initialization as init
 from ..contract import Context
 from ..errors import OptionError
 from .flow import real, recomputed
+from .limits import slots
 from .parts import Site
 from .ranking import kept, ranked
 
@@ -81,11 +82,12 @@ def percentile(values_RN: Tensor, share: float) -> Tensor:
 class Threshold(nn.Module):
     """Every choice with a score above ``least``, the best in any case and ``most`` at most (EvoMoE: 0.001)."""
 
+    most = slots("most={value} of {at.choices} experts")
+
     def __init__(self, site: Site, *, least: float = 1e-3, most: int | None = None) -> None:
         super().__init__()
+        self.choices = site.choices
         self.least, self.most = least, site.choices if most is None else most
-        if not 1 <= self.most <= site.choices:
-            raise OptionError(f"most={self.most} of {site.choices} experts: give 1 to {site.choices}")
 
     def forward(self, scores_TE: Tensor, context: Context, bias: Tensor | None = None) -> Tensor:
         ranks = ranked(scores_TE, bias)
@@ -98,11 +100,12 @@ class Threshold(nn.Module):
 class Support(nn.Module):
     """Every choice with a positive score: for scores that are exactly 0 where nothing is wanted. ``most``: no more."""
 
+    most = slots("most={value} of {at.choices} experts")
+
     def __init__(self, site: Site, *, most: int | None = None) -> None:
         super().__init__()
+        self.choices = site.choices
         self.most = site.choices if most is None else most
-        if not 1 <= self.most <= site.choices:
-            raise OptionError(f"most={self.most} of {site.choices} experts: give 1 to {site.choices}")
 
     def forward(self, scores_TE: Tensor, context: Context, bias: Tensor | None = None) -> Tensor:
         ranks = ranked(scores_TE, bias)

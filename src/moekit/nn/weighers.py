@@ -23,7 +23,7 @@ def chosen(values_TE: Tensor, expert_TK: Tensor, fill: float = 0.0) -> Tensor:
 
 
 class Scores(nn.Module):
-    """The scores of the chosen, made to sum to 1 with ``normalise``, times ``scale``.
+    """The scores of the chosen, made to sum to 1 with ``normalise`` (none is negative then), times ``scale``.
 
     ``own`` leaves experts without weights out of the sum: those with weights have all of it to themselves, and a token
     that chose none of them gets nothing (AdaMoE).
