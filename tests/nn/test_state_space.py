@@ -103,7 +103,7 @@ def test_modalities_must_be_known() -> None:
     model, ids = tiny(attention=OWN), tokens(1, 3)
     with pytest.raises(OptionError, match="routing by modality needs modality_ids with the input"):
         model(ids)
-    with pytest.raises(OptionError, match="modality ids up to 2, and modalities=2"):
+    with pytest.raises(OptionError, match="modality_ids from 0 to 2: there are 2 of them, 0 to 1"):
         model(ids, modality_ids=torch.tensor([[0, 1, 2]]))
     with pytest.raises(OptionError, match="modality is told of 2 tokens, and there are 3: tell all"):
         model(ids, modality_ids=torch.tensor([[0, 1]]))

@@ -7,15 +7,20 @@ from importlib import import_module
 from typing import Any
 
 _PUBLIC = {
-    "balance": ("BALANCES", "Seen"),
+    "balance": ("BALANCES", "Seen", "balance_term"),
     "config": ("MoekitConfig",),
     "correction": ("Correction", "max_violation"),
+    "elastic": ("restricted",),
     "experts": ("KINDS", "Experts", "FeedForward", "Standalone"),
-    "layer": ("MoE", "finish_step"),
+    "flow": ("begin",),
+    "insertion": ("inserted",),
+    "layer": ("MoE", "finish_step", "initialise"),
     "model": ("MoekitForCausalLM", "MoekitModel"),
     "parts": ("Site", "make"),
     "router": ("Router",),
+    "schedule": ("Schedule",),
     "slices": ("cut", "joined"),
+    "stock": ("export",),
 }
 _FILE = {name: file for file, names in _PUBLIC.items() for name in names}
 

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from ..contract import PAD, Context
+from ..contract import Context
 from ..errors import OptionError
 from .parts import Site
+from .ranking import chosen
 
 STARTS = ("lecun", "zero")
 
@@ -50,4 +51,4 @@ class Decoupled(nn.Module):
             full_TE = F.linear(torch.cat((x_TH, scores_TE), dim=1), weight).softmax(-1)
         else:
             full_TE = scores_TE + F.linear(x_TH, weight)
-        return full_TE.gather(1, expert_TK.clamp(min=0)).masked_fill(expert_TK == PAD, 0)
+        return chosen(full_TE, expert_TK)

@@ -81,6 +81,14 @@ def counted(routing: Routing, choices: int, context: Context) -> Tensor:
     return torch.bincount(routing.expert[used], minlength=choices)
 
 
+def gathered(count_E: Tensor) -> Tensor:
+    """Counts summed over all ranks, where there are several."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        count_E = count_E.clone()
+        torch.distributed.all_reduce(count_E)
+    return count_E
+
+
 def extended(context: Context, **extra: Any) -> Context:
     """The context with more in ``extra``."""
     merged: Mapping[str, Any] = {**context.extra, **extra}

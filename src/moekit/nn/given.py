@@ -16,12 +16,19 @@ from .parts import Site
 LABELS = ("modality", "task")
 
 
-def label_of(context: Context, name: str) -> Tensor:
-    """int64 [T]: what the context says each token's label is; raises :class:`OptionError` where it says nothing."""
-    label = getattr(context, name)
-    if label is None:
+def label_of(context: Context, name: str, count: int | None = None) -> Tensor:
+    """int64 [T]: what the context says each token's label is, one of ``count``.
+
+    Raises :class:`OptionError` where it says nothing, or another number.
+    """
+    label_T = getattr(context, name)
+    if label_T is None:
         raise OptionError(f"routing by {name} needs {name}_ids with the input")
-    return label
+    if count is not None and len(label_T):
+        least, most = int(label_T.min()), int(label_T.max())
+        if not 0 <= least <= most < count:
+            raise OptionError(f"{name}_ids from {least} to {most}: there are {count} of them, 0 to {count - 1}")
+    return label_T
 
 
 def known_label(name: str) -> str:
@@ -41,9 +48,7 @@ class Given(nn.Module):
         self.label, self.choices = known_label(label), site.choices
 
     def forward(self, x_TH: Tensor, context: Context) -> Tensor:
-        label_T = label_of(context, self.label)
-        if len(label_T) and not 0 <= int(label_T.min()) <= int(label_T.max()) < self.choices:
-            raise OptionError(f"{self.label} ids up to {int(label_T.max())} need as many experts, not {self.choices}")
+        label_T = label_of(context, self.label, self.choices)
         barred = torch.full((len(x_TH), self.choices), -torch.inf, dtype=x_TH.dtype, device=x_TH.device)
         return barred.scatter(1, label_T[:, None], 0.0)
 

@@ -115,9 +115,7 @@ class Label(nn.Module):
         init.normal_(self.vector)
 
     def forward(self, x_TH: Tensor, scorer: Scorer, context: Context) -> Tensor:
-        label_T = label_of(context, self.label)
-        if len(label_T) and not 0 <= int(label_T.min()) <= int(label_T.max()) < self.labels:
-            raise OptionError(f"{self.label} ids up to {int(label_T.max())}, and labels={self.labels}")
+        label_T = label_of(context, self.label, self.labels)
         return scorer(self.vector[label_T].to(x_TH.dtype), context)
 
 

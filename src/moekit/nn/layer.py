@@ -14,7 +14,7 @@ from transformers import initialization as init
 from ..contract import Context, Routing
 from .balance import Seen
 from .correction import Correction
-from .flow import begin, carry, counted, real, recomputed
+from .flow import begin, carry, counted, gathered, real, recomputed
 from .router import Router
 
 
@@ -61,15 +61,14 @@ class MoE(nn.Module):
         """Experts with weights, the others not counted."""
         return self.gate.num_experts - len(self.others)
 
-    def forward(self, hidden_states: Tensor, context: Context | None = None, gate: Router | None = None) -> Tensor:
-        """[.., H]. ``gate`` routes instead of the layer's own router (several passes over the same experts)."""
+    def forward(self, hidden_states: Tensor, context: Context | None = None) -> Tensor:
+        """[.., H]."""
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         context = context or begin(1, len(x_TH), x_TH.device)
-        router = gate or self.gate
-        context = router.entered(x_TH, context)  # balance terms see the same scores, also where they are drawn
-        routing = router.routing(router(x_TH, context))
+        context = self.gate.entered(x_TH, context)  # balance terms see the same scores, also where they are drawn
+        routing = self.gate.routing(self.gate(x_TH, context))
         y_TH = self.routed(x_TH, routing, context)
-        self._tell(x_TH, routing, router, context)
+        self._tell(x_TH, routing, context)
         if self.shared_expert is not None:
             y_TH = y_TH + self.shared_expert(x_TH)
         return y_TH.reshape(hidden_states.shape)
@@ -97,16 +96,16 @@ class MoE(nn.Module):
             self.correction.step(self.gate.bias, gathered(self.count_E), self.gate.pool)
         self.count_E.zero_()
 
-    def _tell(self, x_TH: Tensor, routing: Routing, router: Router, context: Context) -> None:
+    def _tell(self, x_TH: Tensor, routing: Routing, context: Context) -> None:
         flow = carry(context)
         flow.routing = routing
-        count = counted(routing, router.num_experts, context)
+        count = counted(routing, self.gate.num_experts, context)
         flow.load.append(count)
         if not self.training:
             return
         if not recomputed():
             self.count_E += count
-        listen(self.balance, self.weight_of, Seen(x_TH, routing, router, self.experts, context))
+        listen(self.balance, self.weight_of, Seen(x_TH, routing, self.gate, self.experts, context))
 
 
 class Weights(nn.Module):
@@ -127,12 +126,14 @@ def listen(terms: Mapping[str, nn.Module], weights: Weights | Mapping[str, float
         carry(seen.context).lose(name, weights[name] * term(seen))
 
 
-def gathered(count_E: Tensor) -> Tensor:
-    """Counts summed over all ranks, where there are several."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        count_E = count_E.clone()
-        torch.distributed.all_reduce(count_E)
-    return count_E
+def initialise(layer: nn.Module, std: float = 0.02) -> None:
+    """Draw the weights of parts that stand alone; ``std`` is what a model's ``initializer_range`` is.
+
+    In a model this is done when it is built or loaded. Plain torch modules keep what torch gave them.
+    """
+    for module in layer.modules():
+        if hasattr(module, "initialise"):
+            module.initialise(std)
 
 
 def finish_step(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ..errors import OptionError
-from .flow import recomputed
+from .flow import gathered, recomputed
 from .limits import positive
 from .parts import Site
 from .seen import Seen, share
@@ -56,7 +56,7 @@ class Load(nn.Module):
         count = chosen.sum(0)
         if self.scope != "micro":
             if not recomputed():
-                self.count_E += self._everywhere(count)
+                self.count_E += gathered(count) if self.scope == "global" else count
             count = self.count_E.clone()
         return candidates * (self.shares(count) * seen.mean(probability)).sum()
 
@@ -67,12 +67,6 @@ class Load(nn.Module):
     def finish_step(self) -> None:
         """The optimizer has stepped: what was accumulated is forgotten."""
         self.count_E.zero_()
-
-    def _everywhere(self, count_E: Tensor) -> Tensor:
-        if self.scope == "global" and torch.distributed.is_available() and torch.distributed.is_initialized():
-            count_E = count_E.clone()
-            torch.distributed.all_reduce(count_E)
-        return count_E
 
     def _grouped(self, values: Tensor) -> Tensor:
         return values.unflatten(-1, (self.groups, -1)).sum(-1) if self.groups else values

@@ -116,6 +116,7 @@ class Memory(nn.Module):
         if self.reader is not None:
             inner = torch.einsum("tmp,tp->tm", self.reader[item], self.in_proj(x_TH))
             weight = weight * (inner if self.act_fn is None else self.act_fn(inner))
+        weight = weight.to(self.value.dtype)
         y_TH = self.out_proj(F.embedding_bag(item, self.value, per_sample_weights=weight, mode="sum"))
         if self.opening is not None:
             y_TH = y_TH * self.opening(x_TH).sigmoid()

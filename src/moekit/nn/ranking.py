@@ -33,3 +33,8 @@ def kept(scores_TE: Tensor, keep_TE: Tensor) -> Tensor:
     """int64 [T, K]: every choice marked in a bool mask, highest score first; K is the most that any token keeps."""
     width = int(keep_TE.sum(1).max()) if keep_TE.numel() else 0
     return best(scores_TE.masked_fill(~keep_TE, -math.inf), max(width, 1))
+
+
+def chosen(values_TE: Tensor, expert_TK: Tensor, fill: float = 0.0) -> Tensor:
+    """Values of the chosen [T, K]; ``fill`` in unused slots."""
+    return values_TE.gather(1, expert_TK.clamp(min=0)).masked_fill(expert_TK == PAD, fill)

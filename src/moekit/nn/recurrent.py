@@ -23,20 +23,20 @@ from .parts import Site, Spec, make
 _STATE, _LOGITS = "router state", "router logits"
 
 
-class GRU(nn.GRUCell):
-    """r, z, n gates (Cho et al. 2014), begun as torch begins it."""
+class Begun(nn.RNNCellBase):
+    """A cell begun as torch begins it, also where a model draws its weights."""
 
     def initialise(self, std: float) -> None:
         for parameter in self.parameters():
             init.uniform_(parameter, -1 / math.sqrt(self.hidden_size), 1 / math.sqrt(self.hidden_size))
 
 
-class RNN(nn.RNNCell):
+class GRU(Begun, nn.GRUCell):
+    """r, z, n gates (Cho et al. 2014)."""
+
+
+class RNN(Begun, nn.RNNCell):
     """``tanh(W x + U r)``."""
-
-    def initialise(self, std: float) -> None:
-        for parameter in self.parameters():
-            init.uniform_(parameter, -1 / math.sqrt(self.hidden_size), 1 / math.sqrt(self.hidden_size))
 
 
 CELLS: dict[str, Callable[..., Any]] = {"gru": GRU, "rnn": RNN}

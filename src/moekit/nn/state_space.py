@@ -115,9 +115,7 @@ class StateSpace(nn.Module):
     def _groups(self, tokens: int, context: Context, device: torch.device) -> Tensor:
         if self.modalities == 1:
             return torch.zeros(tokens, dtype=torch.int64, device=device)
-        group_T = label_of(context, "modality")
-        if len(group_T) and not 0 <= int(group_T.min()) <= int(group_T.max()) < self.modalities:
-            raise OptionError(f"modality ids up to {int(group_T.max())}, and modalities={self.modalities}")
+        group_T = label_of(context, "modality", self.modalities)
         count = torch.bincount(group_T[real(group_T, context)], minlength=self.modalities)
         carry(context).other_load.setdefault("attention", []).append(count)
         return group_T

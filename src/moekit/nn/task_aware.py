@@ -12,6 +12,7 @@ from transformers import initialization as init
 
 from ..contract import Context
 from ..errors import OptionError
+from .given import label_of
 from .parts import Site
 
 
@@ -36,8 +37,7 @@ class TaskAware(nn.Module):
     def forward(self, x_TH: Tensor, context: Context) -> Tensor:
         task = torch.zeros(len(x_TH), self.embedding.embedding_dim, dtype=x_TH.dtype, device=x_TH.device)
         if context.task is not None:
-            if len(x_TH) and not 0 <= int(context.task.min()) <= int(context.task.max()) < self.tasks:
-                raise OptionError(f"task ids must lie between 0 and {self.tasks - 1}")
+            task_T = label_of(context, "task", self.tasks)
             told = torch.rand(len(x_TH), 1, device=x_TH.device) >= (self.hidden if self.training else 0)
-            task = self.embedding(context.task).to(x_TH.dtype) * told
+            task = self.embedding(task_T).to(x_TH.dtype) * told
         return F.linear(torch.cat((self.norm(x_TH), task), dim=1), self.weight)

@@ -15,11 +15,7 @@ from torch import Tensor, nn
 from ..contract import PAD, Context
 from .decoupled import Decoupled
 from .parts import Site
-
-
-def chosen(values_TE: Tensor, expert_TK: Tensor, fill: float = 0.0) -> Tensor:
-    """Values of the chosen [T, K]; ``fill`` in unused slots."""
-    return values_TE.gather(1, expert_TK.clamp(min=0)).masked_fill(expert_TK == PAD, fill)
+from .ranking import chosen
 
 
 class Scores(nn.Module):

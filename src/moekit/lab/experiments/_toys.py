@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moekit.contract import Context
-from moekit.nn import MoE, Router, Site, Standalone, finish_step
+from moekit.nn import MoE, Router, Site, Standalone, finish_step, initialise
 from moekit.nn.balance import balance_term
 from moekit.nn.banks import BANKS
 from moekit.nn.experts import FeedForward
@@ -57,9 +57,7 @@ def moe(
         shared=FeedForward(site.hidden_size, shared, site.activation) if shared else None,
         balance={name: balance_term(name, spec, site) for name, spec in (balance or {}).items()},
     )
-    for module in layer.modules():
-        if hasattr(module, "initialise"):
-            module.initialise(std)
+    initialise(layer, std)
     return layer
 
 
