@@ -91,3 +91,13 @@ def test_lives(tmp_path):
 def test_bad_options(options):
     with pytest.raises(OptionError, match="capacities need a positive factor and share"):
         tiny(router={"select": {"kind": "capped", **options}})
+
+
+def test_the_number_of_slots_is_that_of_the_selector_inside():
+    capped = Capped(SITE)
+    capped.k = 1
+    assert capped.k == capped.of.k == 1
+    with pytest.raises(OptionError, match="top-k of 0 among"):
+        capped.k = 0
+    with pytest.raises(OptionError, match="TopP has no number of slots that could be 2"):
+        Capped(SITE, of="top-p").k = 2

@@ -129,5 +129,5 @@ def test_what_is_wrong_is_told():
     with pytest.raises(OptionError, match="needs tasks >= 1"):
         TaskAware(SITE, tasks=0)
     model = tiny(router={"score": {"kind": "task-aware", "tasks": 2}})
-    with pytest.raises(OptionError, match="task_ids from . to 2: there are 2 of them, 0 to 1"):
+    with pytest.raises(OptionError, match="task_ids from 0 to 2: there are 2 of them, 0 to 1"):
         model(tokens(1, 2), task_ids=torch.tensor([[0, 2]]))

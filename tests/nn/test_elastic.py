@@ -189,6 +189,13 @@ def test_bad_restrictions_leave_the_model_alone(options, says):
     assert all(layer.active and layer.mlp.gate.pool is None for layer in lm.model.layers)
 
 
+def test_slots_that_groups_do_not_divide():
+    lm = model(router={"select": {"kind": "grouped", "groups": 2}}, num_experts_per_tok=4)
+    with pytest.raises(OptionError, match="2 groups do not divide 8 experts and 1 slots"), restricted(lm, k=1):
+        pass
+    assert {layer.mlp.gate.selector.k for layer in lm.model.layers} == {4}
+
+
 def test_no_number_of_slots():
     lm = model(router={"select": {"kind": "top-p", "p": 0.5}})
     with pytest.raises(OptionError, match="TopP has no number of slots that could be 1"), restricted(lm, k=1):

@@ -39,6 +39,12 @@ class Capped(nn.Module):
         """The most slots a token uses."""
         return getattr(self.of, "k", len(self.shares))
 
+    @k.setter
+    def k(self, value: int) -> None:
+        if not hasattr(self.of, "k"):
+            raise OptionError(f"{type(self.of).__name__} has no number of slots that could be {value}")
+        self.of.k = value
+
     def forward(self, scores_TE: Tensor, context: Context, bias: Tensor | None = None) -> Tensor:
         expert_TK = self.of(scores_TE, context, bias)
         if not self.training:

@@ -91,7 +91,10 @@ def restricted(
                 if experts is not None:
                     put(layer.gate, "pool", _pool(layer, experts))
                 if k is not None:
-                    put(layer.gate.selector, "k", _slots(layer, k))
+                    selector = layer.gate.selector
+                    if not hasattr(selector, "k"):
+                        raise OptionError(f"{type(selector).__name__} has no number of slots that could be {k}")
+                    put(selector, "k", k)
         yield
     finally:
         for module, name, value in reversed(before):
@@ -114,11 +117,3 @@ def _pool(layer: MoE, experts: int | Tensor) -> Tensor:
     else:
         own = _first(experts, layer.num_experts, "experts")
     return torch.tensor(own + [True] * len(layer.others))
-
-
-def _slots(layer: MoE, k: int) -> int:
-    if not hasattr(layer.gate.selector, "k"):
-        raise OptionError(f"{type(layer.gate.selector).__name__} has no number of slots that could be {k}")
-    if not 1 <= k <= layer.gate.num_experts:
-        raise OptionError(f"top-k of {k} among {layer.gate.num_experts} experts: give 1 to {layer.gate.num_experts}")
-    return k
