@@ -1,8 +1,10 @@
 """`moekit train` and `moekit export`, and what the other commands make of a model that was trained so."""
 
 import json
+import sys
 
 import pytest
+import torch
 from commanding import call
 
 from moekit.lab import league
@@ -47,6 +49,9 @@ def test_train_writes_a_model_with_its_course(recipe, text, tmp_path):
     assert found["cross_entropy"] > 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "model.safetensors", "metrics.jsonl", "recipe.json", "tokenizer.json"} <= names
+    assert err == ""
+    told = json.loads((tmp_path / "out" / "recipe.json").read_text())
+    assert len(told["data"]) == len(told["tokenizer"]) == 64
     code, out, _ = call("inspect", tmp_path / "out", "--json")
     assert code == 0
     code, _, err = call("train", recipe(), "--text", text, "--output", tmp_path / "out")
@@ -99,6 +104,23 @@ def test_bad_recipes_are_one_line(text, tmp_path):
     assert err.count("\n") <= 3
     assert "there is no recipe" in err
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_what_cannot_be_trained_is_one_line(recipe, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    recipe().write_text(recipe().read_text().replace("264", "100\npad_token_id = 0"))
+    for more, said in (([], "the tokenizer has 259 tokens: give"), (["--device", "cuda"], "device cuda was asked for")):
+        code, _, err = call("train", tmp_path / "tiny.toml", "--text", text, "--output", tmp_path / "out", *more)
+        assert code == 2
+        assert said in err
+        assert err.count("\n") == 1
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_of_several_processes_the_first_reports(recipe, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["moekit.cli.train"], "leads", lambda: False)
+    code, out, _ = call("train", recipe(), "--text", text, "--output", tmp_path / "out", "--device", "cpu", "--json")
+    assert (code, out) == (0, "")
 
 
 def test_steps_and_seed_replace_the_recipes(recipe, text, tmp_path):

@@ -94,10 +94,10 @@ def test_a_batch_is_a_function_of_its_step():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TrainOptions(steps=0), "0 training steps"),
-        (lambda: TrainOptions(learning_rate=float("nan")), "must be a positive number"),
-        (lambda: TrainOptions(warmup=2), "warmup=2 is a share"),
-        (lambda: TrainOptions(course="square"), "course='square': choose one of constant"),
+        (lambda: TrainOptions(steps=0), "steps=0: give a whole number from 1 on"),
+        (lambda: TrainOptions(learning_rate=float("nan")), "learning_rate=nan: give a number above 0"),
+        (lambda: TrainOptions(warmup=2), "warmup=2: give a share of the steps"),
+        (lambda: TrainOptions(course="square"), "course='square': give one of constant"),
         (lambda: Objective(kl=0), "kl or lm must be positive"),
         (lambda: Objective(temperature=0), "temperature=0 must be above 0"),
         (lambda: Preference(kind="ipo"), "kind='ipo': choose one of dpo"),

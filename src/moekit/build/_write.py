@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 
 from moekit.build._builder import Builder, Built, Material
 from moekit.checkpoint import Checkpoint
+from moekit.checkpoint.bars import no_bars
 from moekit.checkpoint.companions import companion_files
 from moekit.checkpoint.skeleton import grown
 from moekit.errors import OptionError, OutputError
@@ -54,26 +53,12 @@ def build(
     if place is not None:
         _check_place(place, checkpoint, overwrite)
     where = training_device(device)
-    with _no_bars():
+    with no_bars():
         built = builder.build(load_dense(checkpoint, where), material)
         built.report.update({"builder": builder.spec, "source": checkpoint.fingerprint})
         if place is not None:
             _write(built, checkpoint, place, format)
     return built
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Loading and saving draw progress bars of their own, which are not ours to show."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def load_dense(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Any:

@@ -17,8 +17,15 @@ def draw(lines: list[dict[str, Any]], folder: Path) -> Path | None:
     loss, uneven, load = figure.subplots(1, 3)
     loss.plot(steps, [line["cross_entropy"] for line in lines], linewidth=1)
     loss.set(title="cross-entropy", xlabel="step", ylabel="nats per token")
-    uneven.plot(steps, [line["max_violation"] for line in lines], linewidth=1)
-    uneven.set(title="MaxVio, mean over layers", xlabel="step")
+    experts = max(1, sum(map(len, lines[-1]["load"])))
+    for label, values in (
+        ("MaxVio, mean over layers", [line["max_violation"] for line in lines]),
+        ("coefficient of variation, mean over layers", [line["variation"] for line in lines]),
+        ("share of dead experts", [line["dead"] / experts for line in lines]),
+    ):
+        uneven.plot(steps, values, linewidth=1, label=label)
+    uneven.legend(fontsize="small")
+    uneven.set(title="uneven load", xlabel="step")
     last = lines[-1]["load"]
     width = max(map(len, last), default=0)
     rows = [[count / max(1, sum(layer)) * len(layer) for count in layer] + [0] * (width - len(layer)) for layer in last]

@@ -5,8 +5,8 @@ from typing import Annotated, Any
 import typer
 
 from moekit.cli import _show
-from moekit.cli._options import Json, OutputDir, Overwrite, Text
-from moekit.cli._work import check_output
+from moekit.cli._options import Device, Json, OutputDir, Overwrite, Text
+from moekit.cli._work import check_output, leads
 
 HOUSE = "house"
 
@@ -23,13 +23,15 @@ def train(
     ] = "moekit:mini",
     steps: Annotated[int | None, typer.Option("--steps", metavar="N", min=1, help="Instead of the recipe's.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Instead of the recipe's.")] = None,
+    device: Device = "auto",
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Train a model that a recipe describes, and write it as transformers does, with its metrics and their picture.
 
     Without --text it learns from the texts and tasks of the lab. Killed, the same command goes on where it was.
-    On several processes or machines: torchrun --nproc-per-node N -m moekit.cli train ...
+    On several processes, GPUs (one each) or machines that see one folder: torchrun --nproc-per-node N -m moekit.cli
+    train ...
 
     \b
     Examples:
@@ -47,16 +49,21 @@ def train(
     changes = {name: value for name, value in (("steps", steps), ("seed", seed)) if value is not None}
     asked = Recipe.read(recipe).with_options(**changes)
     cutter = Checkpoint.open(tokenizer).tokenizer()
+    batches, data = _batches(asked, text, cutter)
     with _show.progress(f"train {recipe}") as advance:
         record = train_to(
             asked,
-            _batches(asked, text, cutter),
+            batches,
             output,
+            data=data,
             tokenizer=cutter,
+            device=device,
             overwrite=overwrite,
             draw=draw,
-            progress=advance,
+            progress=advance if leads() else None,
         )
+    if not leads():
+        return
     report = {"output": str(output), "steps": asked.options.steps, **record.last()}
     if as_json:
         _show.emit(report)
@@ -64,13 +71,15 @@ def train(
     _show.table((str(output), f"mean of the last steps of {asked.options.steps}"), list(record.last().items()))
 
 
-def _batches(asked: Any, text: list[str], tokenizer: Any) -> Any:
+def _batches(asked: Any, text: list[str], tokenizer: Any) -> tuple[Any, str]:
+    """The batches, and what tells their text from others."""
     if not text:
         from moekit.lab import mixture
 
-        return mixture(asked.options.seed, asked.batch * asked.length, asked.length)
+        return mixture(asked.options.seed, asked.batch * asked.length, asked.length), "the lab's"
     from moekit.profile import read_texts
     from moekit.train import batches_of, token_rows
+    from moekit.train.sequences import fingerprint
 
     rows = token_rows(read_texts(text, tokenizer), tokenizer, asked.length)
-    return batches_of(rows, asked.batch, asked.options.seed)
+    return batches_of(rows, asked.batch, asked.options.seed), fingerprint(rows)

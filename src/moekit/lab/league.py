@@ -202,7 +202,8 @@ def draw(rows: Sequence[Standing], path: Path) -> None:
     }
     bits = [row.bits_per_byte for row in rows]
     reach = [[one.mean - one.low for one in bits], [one.high - one.mean for one in bits]]
-    for side, (label, values) in zip(figure.subplots(2, 2).flat, sides.items(), strict=True):
+    places: Any = figure.subplots(2, 2)
+    for side, (label, values) in zip(places.flat, sides.items(), strict=True):
         side.errorbar(values, [one.mean for one in bits], yerr=reach, fmt="o", markersize=4, linewidth=0.6)
         for row, value in zip(rows, values, strict=True):
             side.annotate(

@@ -36,10 +36,11 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x_MI: Tensor, group_M: Tensor) -> Tensor:
         """[M, O]."""
-        out = x_MI.new_zeros(len(x_MI), self.weight.shape[1])
-        for group in range(len(self.weight)):
-            row = torch.where(group_M == group)[0]
-            if len(row):
-                bias = None if self.bias is None else self.bias[group]
-                out = out.index_copy(0, row, F.linear(x_MI[row], self.weight[group], bias).to(out.dtype))
-        return out
+        order = group_M.argsort(stable=True)
+        none, *counts = torch.bincount(group_M.clamp(min=-1) + 1, minlength=len(self.weight) + 1).tolist()
+        rest, *parts = x_MI[order].split([none, *counts])
+        biases = [None] * len(parts) if self.bias is None else self.bias.unbind()
+        products = [rest.new_zeros(none, self.weight.shape[1])]
+        for x, weight, bias in zip(parts, self.weight.unbind(), biases, strict=True):
+            products.append(F.linear(x, weight, bias).to(x_MI.dtype))
+        return torch.cat(products)[order.argsort()]

@@ -17,6 +17,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import get_hf_quantizer
 from transformers.utils import logging as transformers_logging
 
+from moekit.checkpoint.bars import no_bars
 from moekit.checkpoint.skeleton import model_class
 
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -87,13 +88,10 @@ def _skeleton(config: PretrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedM
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No progress bars (quantisers draw their own, on stderr) and no reports for a load that loads nothing."""
-    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
+    level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        with redirect_stderr(io.StringIO()):
+        with no_bars(), redirect_stderr(io.StringIO()):
             yield
     finally:
         transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -24,8 +23,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging as transformers_logging
 
+from moekit.checkpoint.bars import no_bars
 from moekit.errors import CheckpointError
 
 BITE = 64 * 2**20
@@ -100,7 +99,7 @@ class Weights:
         Raises:
             CheckpointError: a tensor is missing, has another shape than the configuration says, or cannot be converted.
         """
-        with self._lock, _quiet():
+        with self._lock, no_bars():
             keys = list(keys)
             origins = {key: self._origin(key) for key in keys}
             for bite in self._bites(dict.fromkeys(origins.values())):
@@ -188,18 +187,6 @@ def _tensor(model: nn.Module, key: str) -> Tensor:
 def _assign(model: nn.Module, key: str, value: Tensor) -> None:
     owner, _, name = key.rpartition(".")
     setattr(model.get_submodule(owner), name, value)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers draws a progress bar per load; here that would be one per layer."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def keys_under(names: Mapping[str, object] | Iterable[str], module: str) -> list[str]:

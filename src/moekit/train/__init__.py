@@ -1,5 +1,7 @@
 """Training on transformers' Trainer: distillation, preference, structured forms of experts, recovery."""
 
+from typing import Any
+
 from moekit.train.distil import Objective, distil
 from moekit.train.groups import ROLES, chosen, train_only
 from moekit.train.loop import Record, train
@@ -12,6 +14,7 @@ __all__ = [
     "ROLES",
     "Batch",
     "Batches",
+    "FinishStep",
     "Objective",
     "Preference",
     "Record",
@@ -29,3 +32,12 @@ __all__ = [
     "train",
     "train_only",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``FinishStep`` when first asked for: its base is part of transformers' Trainer, which takes long to load."""
+    if name == "FinishStep":
+        from moekit.train.callback import FinishStep
+
+        return FinishStep
+    raise AttributeError(f"module 'moekit.train' has no attribute {name!r}")

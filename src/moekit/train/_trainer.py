@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from moekit.errors import OptionError
+from moekit.nn.layer import gathered
 
 if TYPE_CHECKING:
     from moekit.train.loop import _Job
@@ -96,8 +97,13 @@ class StepTrainer(Trainer):
         return loss
 
     def _tell(self) -> None:
-        """One step into the record: means over its batches."""
+        """One step into the record: means over its batches, and over the processes that share them."""
         figures, self._figures = self._figures, []
         names = figures[0][1]
         parts = {name: torch.stack([own[name].detach().float() for _, own in figures]).mean() for name in names}
-        self._job.record.add(torch.stack([loss.detach() for loss, _ in figures]).mean(), parts)
+        loss = torch.stack([loss.detach() for loss, _ in figures]).mean()
+        if self.args.world_size > 1:
+            means = gathered(torch.stack([one.to(loss.device) for one in (loss, *parts.values())]))
+            loss, *rest = means / self.args.world_size
+            parts = dict(zip(parts, rest, strict=True))
+        self._job.record.add(loss, parts)

@@ -7,6 +7,7 @@ Same machine, one thread, same options: the same bits, interrupted or not.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -55,18 +56,39 @@ class Record:
 
 
 def training_device(name: str) -> torch.device:
-    """The one device a model is trained on: auto, cpu or cuda.
+    """The one device on which this process trains: auto, cpu or cuda; under ``torchrun`` each has a GPU of its own.
 
     Raises:
-        OptionError: an unknown or absent device, or one of several GPUs, among which the Trainer would split batches.
+        OptionError: an unknown or absent device, fewer GPUs than processes, or several GPUs for one, among which the
+            Trainer would split batches.
     """
     device = pick_device(name)
-    if device.type == "cuda" and torch.cuda.device_count() > 1:
+    if device.type != "cuda":
+        return device
+    count, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if "LOCAL_RANK" in os.environ:
+        if processes > count:
+            raise OptionError(f"{processes} processes for {count} GPUs: start one for each, or use --device cpu")
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if count > 1:
         raise OptionError(
-            f"training runs on one device, and {torch.cuda.device_count()} GPUs are visible: set CUDA_VISIBLE_DEVICES "
-            "to one of them, or use --device cpu"
+            f"training runs on one device, and {count} GPUs are visible: set CUDA_VISIBLE_DEVICES to one of them, or "
+            "use --device cpu"
         )
     return device
+
+
+def processes(device: torch.device) -> Any:
+    """Who trains together (``torchrun``): accelerate's PartialState, the process group up; NCCL where on GPUs.
+
+    Raises:
+        OptionError: accelerate is missing.
+    """
+    try:
+        from accelerate import PartialState
+    except ImportError:
+        raise OptionError("training needs accelerate, which is not installed: pip install 'moekit[train]'") from None
+    return PartialState(cpu=device.type == "cpu")
 
 
 def train(
@@ -84,14 +106,18 @@ def train(
 ) -> Record:
     """Train the chosen parameters of a model in place; its mode and what needs gradients are put back at the end.
 
-    ``folder`` keeps the state every :data:`SAVE_EVERY` steps and takes it up again; ``before_step`` is told the number
+    ``folder`` keeps the state every :data:`SAVE_EVERY` steps and takes it up again (of several processes the first
+    writes it, and all read it); ``before_step`` is told the number
     of each step (0 is the first), ``after_step`` how many are done after each update. Buffers that a model saves are
     part of the state. ``record`` is filled as it goes, where a caller wants to read it meanwhile.
 
     Raises:
-        OptionError: accelerate is missing, the folder holds another run, or the loss stops being a number.
+        OptionError: accelerate is missing, the folder holds another run, or not the same for all processes, or the
+            loss stops being a number.
     """
-    trainer_class = _trainer_class()
+    ranks = processes(next(model.parameters()).device)
+    from moekit.train._trainer import StepTrainer
+
     state = None if folder is None else Path(folder) / RESUME
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     training, use_cache = model.training, getattr(model.config, "use_cache", None)
@@ -100,8 +126,8 @@ def train(
     optimizer = _optimizer(parameters, options)
     record = Record() if record is None else record
     record.trained.extend(names)
-    held = {name: b for name, b in model.named_buffers() if name in model.state_dict(keep_vars=True)}
-    done = 0 if state is None else _resume(state, parameters, held, optimizer, options, record)
+    done = 0 if state is None else _resume(state, parameters, _held(model), optimizer, options, record)
+    _agree(done, ranks.num_processes, state)
 
     def begins(step: int) -> None:
         if before_step is not None:
@@ -110,17 +136,16 @@ def train(
     def finished(step: int) -> None:
         if after_step is not None:
             after_step(step)
-        if state is not None and (step % SAVE_EVERY == 0 or step == options.steps):
-            _keep(state, step, parameters, held, optimizer, options, record)
+        if state is not None and ranks.is_main_process and (step % SAVE_EVERY == 0 or step == options.steps):
+            _keep(state, step, parameters, _held(model), optimizer, options, record)
         if progress is not None:
             progress(step, options.steps)
 
     try:
         if done < options.steps:
             with tempfile.TemporaryDirectory() as scratch:
-                trainer_class(
-                    model, _Job(loss, batches, options, done, record, begins, finished), optimizer, scratch
-                ).train()
+                job = _Job(loss, batches, options, done, record, begins, finished)
+                StepTrainer(model, job, optimizer, scratch).train()
     finally:
         for name, parameter in model.named_parameters():
             parameter.grad = None
@@ -145,23 +170,20 @@ class _Job:
     finished: Callable[[int], None]
 
 
+def _held(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Buffers that a model saves, as they are now: moved to a device or shared among processes they become others."""
+    saved = model.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
+
+
 def _optimizer(parameters: Mapping[str, nn.Parameter], options: TrainOptions) -> torch.optim.AdamW:
     """AdamW; vectors are not decayed."""
     wide = [p for p in parameters.values() if p.dim() > 1]
     narrow = [p for p in parameters.values() if p.dim() <= 1]
     groups = [{"params": wide, "weight_decay": options.weight_decay}, {"params": narrow, "weight_decay": 0.0}]
     kept = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(kept, lr=options.learning_rate, betas=options.betas, eps=options.eps, fused=True)
-
-
-def _trainer_class() -> Any:
-    try:
-        from accelerate import Accelerator  # noqa: F401
-    except ImportError:
-        raise OptionError("training needs accelerate, which is not installed: pip install 'moekit[train]'") from None
-    from moekit.train._trainer import StepTrainer
-
-    return StepTrainer
+    fast, slow = options.betas
+    return torch.optim.AdamW(kept, lr=options.learning_rate, betas=(fast, slow), eps=options.eps, fused=True)
 
 
 def _keep(
@@ -219,3 +241,12 @@ def _resume(
     record.losses.extend(told["losses"])
     record.parts.update(told["parts"])
     return int(told["step"])
+
+
+def _agree(done: int, count: int, state: Path | None) -> None:
+    """OptionError where processes would go on from different steps: each would wait for the others for ever."""
+    if count > 1 and state is not None:
+        found: list[Any] = [None] * count
+        torch.distributed.all_gather_object(found, done)
+        if len(set(found)) > 1:
+            raise OptionError(f"the processes find {state} at the steps {found}: give a folder that all of them see")

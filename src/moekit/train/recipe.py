@@ -15,8 +15,9 @@ from torch import Tensor
 from moekit.errors import OptionError
 from moekit.nn.config import MoekitConfig
 from moekit.nn.correction import max_violation
-from moekit.nn.layer import MoE, finish_step
+from moekit.nn.layer import MoE, finish_step, gathered
 from moekit.nn.schedule import Moment, Schedule
+from moekit.nn.seen import variation
 from moekit.train.loop import Record, train
 from moekit.train.options import TrainOptions
 from moekit.train.sequences import Batch, Batches, targets
@@ -42,13 +43,13 @@ class Recipe:
     def read(cls, ref: str | Path) -> Recipe:
         """A recipe of the package by its key, or a file.
 
-        ``extends`` names what it stands on ("base" where it names nothing, "" for nothing): tables are merged key by
-        key, everything else is replaced.
+        ``extends`` names what it stands on ("base" where it names nothing, "" for nothing), a file from the folder of
+        the one that names it: tables are merged key by key, everything else is replaced.
 
         Raises:
-            OptionError: there is none of that name, it is no TOML, or it says what no recipe can.
+            OptionError: there is none of that name, it is no TOML, it stands on itself, or it says what no recipe can.
         """
-        return cls.of(_merged(ref), str(ref))
+        return cls.of(_merged(str(ref)), str(ref))
 
     @classmethod
     def of(cls, told: Mapping[str, Any], name: str = "recipe") -> Recipe:
@@ -57,6 +58,9 @@ class Recipe:
         for table in told:
             if table not in _TABLES:
                 raise OptionError(f"{name}: there is no table [{table}] in a recipe; it has {', '.join(_TABLES)}")
+        for table in ("model", "train"):
+            if not isinstance(told.get(table, {}), Mapping):
+                raise OptionError(f"{name}: {table}={told[table]!r} must be a table: write [{table}] above its options")
         known = {f.name for f in fields(TrainOptions)} | {"batch", "length"}
         training = dict(told.get("train", {}))
         for option in training:
@@ -64,8 +68,9 @@ class Recipe:
                 raise OptionError(f"{name}: [train] has no option {option!r}; it has {', '.join(sorted(known))}")
         sizes = {option: training.pop(option) for option in ("batch", "length") if option in training}
         for option, value in sizes.items():
-            if type(value) is not int or value < 1:
-                raise OptionError(f"{name}: {option}={value!r} in [train] must be a whole number from 1 on")
+            least = 2 if option == "length" else 1
+            if type(value) is not int or value < least:
+                raise OptionError(f"{name}: {option}={value!r} in [train] must be a whole number from {least} on")
         return cls(dict(told.get("model", {})), TrainOptions(**training), schedule=_schedule(told, name), **sizes)
 
     def config(self) -> MoekitConfig:
@@ -103,9 +108,13 @@ class Recipe:
 
 def _schedule(told: Mapping[str, Any], name: str) -> tuple[Mapping[str, Any], ...]:
     entries = told.get("schedule", [])
+    if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
+        raise OptionError(f"{name}: schedule must be a list of tables: write [[schedule]] above each")
     for entry in entries:
         if set(entry) != {"set", "course"}:
             raise OptionError(f"{name}: a [[schedule]] says what to set and its course, this one has {sorted(entry)}")
+        if not isinstance(entry["set"], str) or not isinstance(entry["course"], str | Mapping):
+            raise OptionError(f"{name}: a [[schedule]] sets the name of an attribute, by a course's name or table")
     return tuple(entries)
 
 
@@ -115,21 +124,21 @@ def recipes() -> list[str]:
     return sorted(name.removesuffix(".toml") for name in found if name.endswith(".toml"))
 
 
-def _merged(ref: str | Path) -> dict[str, Any]:
-    own = _tables(ref)
-    under = own.pop("extends", "" if str(ref) == BASE else BASE)
-    return _over(_merged(under), own) if under else own
-
-
-def _tables(ref: str | Path) -> dict[str, Any]:
+def _merged(ref: str, beside: Path = Path(), above: tuple[str, ...] = ()) -> dict[str, Any]:
     packaged = files("moekit.recipes") / f"{ref}.toml"
-    source = packaged if packaged.is_file() else Path(ref)
+    source = packaged if packaged.is_file() else beside / ref
     if not source.is_file():
-        raise OptionError(f"there is no recipe {str(ref)!r}: name a TOML file, or one of {', '.join(recipes())}")
+        raise OptionError(f"there is no recipe {ref!r}: name a TOML file, or one of {', '.join(recipes())}")
+    if str(source) in above:
+        raise OptionError(f"{above[0]} stands on itself: {' extends '.join((*above, str(source)))}")
     try:
-        return tomllib.loads(source.read_text(encoding="utf-8"))
+        own = tomllib.loads(source.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise OptionError(f"{ref} is no recipe: {error}") from None
+    under = own.pop("extends", "" if ref == BASE else BASE)
+    if not isinstance(under, str):
+        raise OptionError(f"{ref}: extends={under!r} must be the name of a recipe or of a file")
+    return _over(_merged(under, Path(str(source)).parent, (*above, str(source))), own) if under else own
 
 
 def _over(under: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,24 +172,53 @@ class Training:
         self.begun = True
 
     def end_step(self, step: int) -> None:
-        self.load = [layer.count_E.clone() for layer in self.model.modules() if isinstance(layer, MoE)]
+        self.load = [gathered(layer.count_E).clone() for layer in self.model.modules() if isinstance(layer, MoE)]
         finish_step(self.model)
 
+    def unevenness(self) -> dict[str, float]:
+        """Of the last step's load: coefficient of variation, mean over layers, and experts of all layers that no token
+        chose."""
+        each = [float(variation(count_E.float()).sqrt()) for count_E in self.load]
+        dead = sum(int((count_E == 0).sum()) for count_E in self.load)
+        return {"variation": sum(each) / max(1, len(each)), "dead": dead}
+
     def end(self) -> None:
-        """Training is over."""
+        """Training is over: every value is what its course ends with, and what was drawn goes back."""
+        needs = [(p, p.requires_grad) for p in self.model.parameters()]
+        self.begin_step(self.recipe.options.steps)
         for schedule in self.schedules:
             schedule.end()
+        for parameter, need in needs:
+            parameter.requires_grad_(need)
+
+    def left(self) -> dict[str, tuple[Any, Any]]:
+        """What schedules have moved: by what they set, the value now and the one that the model was built with."""
+        found = {}
+        for entry, schedule in zip(self.recipe.schedule, self.schedules, strict=True):
+            for module, before in zip(schedule.modules, schedule.before, strict=True):
+                if (now := getattr(module, schedule.attribute, True)) != before:
+                    found[entry["set"]] = now, before
+        return found
 
     def loss(self, model: Any, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Cross-entropy in nats per token, plus the balance terms; its parts for the record."""
+        """Cross-entropy in nats per token, plus the balance terms; its parts for the record.
+
+        Of several processes each gives its tokens' share of the mean over all, so that the mean of their gradients is
+        that of one process on the whole batch; batches that are accumulated count alike, however long their rows are.
+        """
         out = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False)
         wanted, weight = targets(batch)
         logits = out.logits[:, :-1].flatten(0, 1).float()
         losses = torch.nn.functional.cross_entropy(logits, wanted.reshape(-1), reduction="none")
-        entropy = (losses * weight.reshape(-1)).sum() / weight.sum().clamp(min=1)
-        violation = torch.tensor([max_violation(count) for count in out.expert_load or ()] or [0.0]).mean()
+        entropy = (losses * weight.reshape(-1)).sum() / _mean_over_ranks(weight.sum()).clamp(min=1)
+        violation = torch.tensor([max_violation(gathered(count)) for count in out.expert_load or ()] or [0.0]).mean()
         parts = {"cross_entropy": entropy, **out.losses, "max_violation": violation}
         return entropy + sum(out.losses.values()), parts
+
+
+def _mean_over_ranks(value: Tensor) -> Tensor:
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return gathered(value) / torch.distributed.get_world_size() if several else value
 
 
 def carry_out(

@@ -5,6 +5,7 @@ Shapes by suffix: B sequences, S tokens.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -70,6 +71,15 @@ def token_rows(texts: Mapping[str, Iterable[str]], tokenizer: Any, length: int) 
         cut = windows(lines, tokenizer, length=length, batch_size=1, what=f"domain {name!r}")
         rows += [batch["input_ids"][0] for batch in cut.batches]
     return rows
+
+
+def fingerprint(rows: Sequence[Tensor]) -> str:
+    """What tells token rows apart from others: sha256 of their lengths and ids."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(len(row).to_bytes(8, "little"))
+        digest.update(row.to(torch.int64).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def inputs(batch: Batch) -> dict[str, Tensor]:

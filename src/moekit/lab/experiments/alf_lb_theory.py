@@ -18,9 +18,9 @@ Rule, written before the first run. `shown` if and only if, for every seed:
 and, over the seeds, the 95 % t interval of the octaves' slope with u / n lies below 0.25. Regret that grows like a root
 with u / n, or one token moved the wrong way, falsifies the claim. Drift (where 1 / n should lose) is reported only.
 
-With scores that stay as they are, point 1's first half is an identity (a slot moves from j to i only where i's bias rose
-more), so it checks the code. The sheet's own reading, that slots only go from overloaded to underloaded experts, holds
-with signs and not with relative errors: an expert's bias may rise less than that of one with an even lower load, small
+With scores that stay as they are, point 1's first half is an identity (a slot moves from j to i only where i's bias
+rose more), so it checks the code. The sheet's own reading, that slots only go from overloaded to underloaded experts,
+holds with signs and not with relative errors: of two overloaded experts the less loaded one gains on the other, small
 steps or not (``moved_to_the_overloaded``).
 
 The run found everything as claimed but for the width of one interval: octave slopes of 0.98 (constant), 0.39 (root) and
