@@ -194,7 +194,7 @@ def draw(rows: Sequence[Standing], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 9), layout="constrained")
-    sides = {
+    sides: dict[str, Sequence[float]] = {
         "active parameters per token": [row.active for row in rows],
         "MaxVio": [row.max_violation for row in rows],
         "specialisation, bits": [row.specialisation for row in rows],
