@@ -117,6 +117,15 @@ def test_what_cannot_be_trained_is_one_line(recipe, text, tmp_path, monkeypatch)
     assert not list(tmp_path.glob(".out*"))
 
 
+def test_layers_that_are_run_again_learn_the_same(recipe, text, tmp_path):
+    losses = []
+    for name, more in (("kept", []), ("again", ["--recompute"])):
+        assert call("train", recipe(), "--text", text, "--output", tmp_path / name, "--device", "cpu", *more)[0] == 0
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["cross_entropy"] for line in lines])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_of_several_processes_the_first_reports(recipe, text, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["moekit.cli.train"], "leads", lambda: False)
     code, out, _ = call("train", recipe(), "--text", text, "--output", tmp_path / "out", "--device", "cpu", "--json")

@@ -24,6 +24,9 @@ def train(
     steps: Annotated[int | None, typer.Option("--steps", metavar="N", min=1, help="Instead of the recipe's.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Instead of the recipe's.")] = None,
     device: Device = "auto",
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Run layers again in the backward: less memory, more time.")
+    ] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -58,6 +61,7 @@ def train(
             data=data,
             tokenizer=cutter,
             device=device,
+            recompute=recompute,
             overwrite=overwrite,
             draw=draw,
             progress=advance if leads() else None,

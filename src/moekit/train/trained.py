@@ -37,15 +37,17 @@ def train_to(
     data: str = "",
     tokenizer: Any = None,
     device: str = "auto",
+    recompute: bool = False,
     overwrite: bool = False,
     draw: Drawing | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Record:
     """Train the recipe's model and write it; killed at any instant, the same call goes on where it was.
 
-    ``data`` tells apart what batches are made of (:func:`fingerprint`): a run is not taken up with other data.
-    ``draw`` is given the lines of ``metrics.jsonl`` and the folder. On several processes (``torchrun``) each trains on
-    its share of every batch, and the first writes; all must see the folder.
+    ``data`` tells apart what batches are made of (:func:`fingerprint`): a run is not taken up with other data. With
+    ``recompute`` nothing inside a layer is kept for the backward, and each is run again there. ``draw`` is given the
+    lines of ``metrics.jsonl`` and the folder. On several processes (``torchrun``) each trains on its share of every
+    batch, and the first writes; all must see the folder.
 
     Raises:
         OutputError: the folder exists, or the model that was saved is not the one trained.
@@ -59,6 +61,8 @@ def train_to(
     model = recipe.build()
     _check_vocabulary(tokenizer, model.config.vocab_size)
     _check_end(recipe, model)
+    if recompute:
+        model.activation_checkpointing_enable({"use_reentrant": False})
     work = output.with_name(f".{output.name}.training")
     if ranks.is_main_process:
         _begin(work, _told(recipe, data, tokenizer))
