@@ -18,6 +18,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..contract import Context
 from ..errors import OptionError
@@ -25,7 +27,8 @@ from .block import block_of
 from .config import MoekitConfig
 from .flow import begin, carry, within
 from .mixers import ATTENTIONS
-from .parts import make, one_model
+from .parts import make, one_model, repeated
+from .router import Router
 from .sublayers import FEED_FORWARDS
 from .wiring import WIRINGS
 
@@ -115,6 +118,7 @@ class MoekitPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    _can_record_outputs = {"router_logits": OutputRecorder(Router, layer_name="mlp"), "hidden_states": DecoderLayer}
     _keep_in_fp32_modules_strict = {"gate.bias", "threshold", "running_mean", "running_var"}  # moved by small steps
 
     @classmethod
@@ -134,13 +138,6 @@ class MoekitPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if hasattr(module, "initialise"):
             module.initialise(self.config.initializer_range)
-
-
-def repeated(model: nn.Module) -> dict[str, str]:
-    """Further names of parameters that several modules hold, each with the first name of the same parameter."""
-    first: dict[int, str] = {}
-    named = model.named_parameters(remove_duplicate=False)
-    return {name: first[id(p)] for name, p in named if first.setdefault(id(p), name) != name}
 
 
 class MoekitModel(MoekitPreTrainedModel):
@@ -166,6 +163,7 @@ class MoekitModel(MoekitPreTrainedModel):
         counted = self.layers[0].active  # the cache tells its length by the first layer
         return counted and all(getattr(module, "cached", True) for module in self.modules())
 
+    @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -261,14 +259,13 @@ class MoekitForCausalLM(MoekitPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
-        output_router_logits: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> MoekitOutput:
         """``labels`` are shifted here, as everywhere in transformers; -100 is left out, and one token alone costs 0."""
@@ -286,6 +283,8 @@ class MoekitForCausalLM(MoekitPreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            router_logits=out.router_logits,
             losses=out.losses,
             expert_load=out.expert_load,
             other_load=out.other_load,

@@ -77,6 +77,13 @@ class Site:
         return self.common[name]
 
 
+def repeated(model: nn.Module) -> dict[str, str]:
+    """Further names of parameters that several modules hold, each with the first name of the same parameter."""
+    first: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(p)] for name, p in named if first.setdefault(id(p), name) != name}
+
+
 def make(what: str, table: Mapping[str, Callable[..., Part]], spec: Spec, *given: Any) -> Part:
     """The part of ``table`` that ``spec`` names, built with ``given`` and the options of the spec.
 
