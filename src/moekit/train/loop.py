@@ -107,9 +107,9 @@ def train(
     """Train the chosen parameters of a model in place; its mode and what needs gradients are put back at the end.
 
     ``folder`` keeps the state every :data:`SAVE_EVERY` steps and takes it up again (of several processes the first
-    writes it, and all read it); ``before_step`` is told the number
-    of each step (0 is the first), ``after_step`` how many are done after each update. Buffers that a model saves are
-    part of the state. ``record`` is filled as it goes, where a caller wants to read it meanwhile.
+    writes it, and all read it); ``before_step`` is told the number of each step (0 is the first), ``after_step`` how
+    many are done after each update. Buffers that a model saves are part of the state. ``record`` is filled as it goes,
+    where a caller wants to read it meanwhile.
 
     Raises:
         OptionError: accelerate is missing, the folder holds another run, or not the same for all processes, or the
@@ -177,7 +177,7 @@ def _held(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _optimizer(parameters: Mapping[str, nn.Parameter], options: TrainOptions) -> torch.optim.AdamW:
-    """AdamW; vectors are not decayed."""
+    """AdamW; vectors are not decayed, stacks of them (biases of all experts) are, like matrices."""
     wide = [p for p in parameters.values() if p.dim() > 1]
     narrow = [p for p in parameters.values() if p.dim() <= 1]
     groups = [{"params": wide, "weight_decay": options.weight_decay}, {"params": narrow, "weight_decay": 0.0}]
