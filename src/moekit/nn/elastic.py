@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from .layer import MoE
-from .moment import Moment
+from .moment import Moment, chances_of
 
 
 class Drawn:
@@ -26,12 +26,9 @@ class Drawn:
     drawn = True
 
     def __init__(self, *, sizes: Sequence[int], chances: Sequence[float] | None = None, nested: bool = False) -> None:
-        chances = [1.0] * len(sizes) if chances is None else list(chances)
         if not sizes or any(type(size) is not int or size < 1 for size in sizes):
             raise OptionError(f"sizes={list(sizes)} to draw from: give whole numbers from 1 on")
-        if len(chances) != len(sizes) or min(chances) < 0 or not sum(chances) > 0:
-            raise OptionError(f"{len(sizes)} sizes need as many chances, none negative, got {chances}")
-        self.sizes, self.chances, self.nested = list(sizes), torch.tensor(chances), nested
+        self.sizes, self.chances, self.nested = list(sizes), chances_of(len(sizes), chances, "sizes"), nested
 
     def mask(self, total: int, moment: Moment, *, own: bool) -> Tensor | None:
         """bool [total], or None if all are in. The size is drawn once for all modules, which are in may be ``own``."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import OptionError
 from .elastic import Candidates, Members
 from .limits import Limited
-from .moment import Moment
+from .moment import Moment, chances_of
 from .parts import fits, make
 
 
@@ -85,10 +85,7 @@ class Draw:
     drawn = True
 
     def __init__(self, *, values: Sequence[Any], chances: Sequence[float] | None = None) -> None:
-        chances = [1.0] * len(values) if chances is None else list(chances)
-        if not values or len(chances) != len(values) or min(chances) < 0 or not sum(chances) > 0:
-            raise OptionError(f"{len(values)} values need as many chances, none negative, got {chances}")
-        self.values, self.chances = list(values), torch.tensor(chances, dtype=torch.float32)
+        self.values, self.chances = list(values), chances_of(len(values), chances, "values")
 
     def __call__(self, moment: Moment, module: nn.Module) -> Any:
         return self.values[int(torch.multinomial(self.chances, 1, generator=moment.generator()))]

@@ -24,6 +24,8 @@ from moekit.train import Batch, Batches, Objective, TrainOptions, distil
 
 TOKENS, LENGTH, TEST_BYTES, DOMAIN_BYTES = 512, 128, 2048, 8192
 LM = Objective(kl=0.0, lm=1.0)
+ELSEWHERE = 7919
+"""Added to a seed: text that is not the judge's."""
 
 
 class Ground:
@@ -57,7 +59,7 @@ class Ground:
 
     def rows(self, seed: int, count: int) -> list[Tensor]:
         """Token rows of the training mixture, for calibration."""
-        batches, rows = self.batches(seed + 7919), list[Tensor]()
+        batches, rows = self.batches(seed + ELSEWHERE), list[Tensor]()
         while len(rows) < count:
             rows += list(batches(len(rows))["input_ids"])
         return rows[:count]

@@ -89,12 +89,13 @@ def probes(found: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[dict[str, f
     ]
 
 
-@torch.no_grad()
 def bits(model: Any, seed: int, rows: int = 32, texts: Callable[[str, int], Tensor] = windows) -> float:
     """Bits per byte on some of a seed's unseen text, mean over the domains."""
-    lost = []
-    for domain in DOMAINS:
-        ids = texts(domain, seed)[:rows]
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
-        lost.append(float(torch.nn.functional.cross_entropy(logits, ids[:, 1:].reshape(-1))) / np.log(2))
-    return float(np.mean(lost))
+    return float(np.mean([per_byte(model, texts(domain, seed)[:rows]) for domain in DOMAINS]))
+
+
+@torch.no_grad()
+def per_byte(model: Any, ids_BS: Tensor) -> float:
+    """Bits that a model needs for a byte of these rows."""
+    logits = model(input_ids=ids_BS, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+    return float(torch.nn.functional.cross_entropy(logits, ids_BS[:, 1:].reshape(-1))) / float(np.log(2))

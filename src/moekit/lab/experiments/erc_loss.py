@@ -22,6 +22,7 @@ from torch import Tensor
 from moekit.contract import Context
 from moekit.lab.experiments import Advance, Outcome
 from moekit.lab.experiments import _league as league
+from moekit.lab.experiments import _probing as probing
 from moekit.lab.experiments._seeds import interval, over_seeds
 from moekit.nn import MoE
 from moekit.nn.coupling import coupled, excess, margins, responses
@@ -47,16 +48,9 @@ def arms() -> dict[str, Any]:
 
 def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
     """Return the league's figures of every arm, and what became of rows and experts. ``text`` is not used."""
-    contestants, found, looked = arms(), [], []
-    for number, seed in enumerate(seeds):
-        played, seen = {}, {}
-        for place, (name, recipe) in enumerate(contestants.items()):
-            advance(number * len(contestants) + place, len(seeds) * len(contestants))
-            played[name] = league.play(recipe, seed)
-            if name in (PLAIN, OURS):
-                seen[name] = look(league.at_hand(recipe, seed), seed)
-        found.append(played)
-        looked.append(seen)
+    contestants = arms()
+    found = probing.league(contestants, seeds, advance, "coupling", {PLAIN: look, OURS: look})
+    looked = [{name: one[name]["probe"] for name in (PLAIN, OURS)} for one in found]
     figures = league.table(found) | {"coupling": over_seeds(looked)}
     figures["rule"] = league.lead(found, PLAIN, OURS)
     figures["beside"] = {

@@ -24,18 +24,16 @@ import torch
 from torch import Tensor
 
 from moekit.lab.experiments import Advance, Outcome
-from moekit.lab.experiments._building import gap, means
+from moekit.lab.experiments._building import ELSEWHERE, gap, means
 from moekit.lab.experiments._league import BASE, contestant, lead, setting, table, windows
 from moekit.lab.experiments._outer_training import draws
-from moekit.lab.experiments._probing import league, probes
+from moekit.lab.experiments._probing import league, per_byte, probes
 from moekit.nn import MoE
 from moekit.train.recipe import Recipe, carry_out
 
 KEY, INFORMATION, LOAD, DOMAIN, STEPS, RATE, WEIGHT = "moduleformer", "information", "load", "c", 100, 1e-3, 0.1
 BALANCED = ("mlp.weight_of.mutual-information", "self_attn.router.weight_of.attention-mutual-information")
 """Terms that are left out when tuning."""
-ELSEWHERE = 7919
-"""Added to a seed: text that is not the judge's."""
 
 
 def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
@@ -98,9 +96,9 @@ def spared(recipe: Recipe, model: Any, seed: int) -> dict[str, float]:
         batches = draws(seed + ELSEWHERE, recipe.batch * recipe.length, {DOMAIN: 1.0})
         tuning = replace(recipe.with_options(steps=STEPS, learning_rate=RATE, seed=seed), schedule=held)
         carry_out(tuning, batches, tuned)
-        found[f"{name}, all"] = bits_of(tuned.eval(), seed)
+        found[f"{name}, all"] = per_byte(tuned.eval(), windows(DOMAIN, seed))
         halve(tuned, seed)
-        found[f"{name}, half"] = bits_of(tuned, seed)
+        found[f"{name}, half"] = per_byte(tuned, windows(DOMAIN, seed))
     return found
 
 
@@ -112,10 +110,3 @@ def halve(model: Any, seed: int) -> None:
         pool = torch.zeros(len(count), dtype=torch.bool)
         pool[count.topk(len(count) // 2).indices] = True
         layer.gate.pool = pool
-
-
-@torch.no_grad()
-def bits_of(model: Any, seed: int) -> float:
-    ids = windows(DOMAIN, seed)
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
-    return float(torch.nn.functional.cross_entropy(logits, ids[:, 1:].reshape(-1))) / float(np.log(2))

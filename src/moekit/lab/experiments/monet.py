@@ -23,14 +23,12 @@ import torch
 from torch import Tensor
 
 from moekit.lab.experiments import Advance, Outcome
-from moekit.lab.experiments._building import gap, means
+from moekit.lab.experiments._building import ELSEWHERE, gap, means
 from moekit.lab.experiments._league import BASE, DOMAINS, contestant, lead, setting, table, windows
-from moekit.lab.experiments._probing import league, probes
+from moekit.lab.experiments._probing import league, per_byte, probes
 from moekit.nn.decomposed import Decomposed
 
 MONET, DENSE, SHARE, MARGIN, ROWS = "monet", "dense", 0.1, 0.02, 32
-ELSEWHERE = 7919
-"""Added to a seed: text that is not the judge's."""
 
 
 def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
@@ -65,7 +63,7 @@ def knowledge(model: Any, seed: int) -> dict[str, float]:
     """Rise in bits per byte of the own domain and of the others, with chosen and with random experts off."""
     layers = [module for module in model.modules() if isinstance(module, Decomposed)]
     usage = {domain: shares(model, layers, windows(domain, seed + ELSEWHERE)[:ROWS]) for domain in DOMAINS}
-    before = {domain: bits_of(model, domain, seed) for domain in DOMAINS}
+    before = {domain: per_byte(model, windows(domain, seed)[:ROWS]) for domain in DOMAINS}
     generator = torch.Generator().manual_seed(seed)
     found = dict[str, float]()
     for way in ("chosen", "random"):
@@ -75,7 +73,7 @@ def knowledge(model: Any, seed: int) -> dict[str, float]:
                 rest = torch.stack([usage[other][number] for other in DOMAINS if other != domain]).amax(0)
                 excess = usage[domain][number] - rest
                 layer.mask = kept(excess if way == "chosen" else torch.rand(excess.shape, generator=generator))
-            rise = {other: bits_of(model, other, seed) - before[other] for other in DOMAINS}
+            rise = {other: per_byte(model, windows(other, seed)[:ROWS]) - before[other] for other in DOMAINS}
             own.append(rise.pop(domain))
             others.append(float(np.mean(list(rise.values()))))
         found |= {f"{way}, own": float(np.mean(own)), f"{way}, others": float(np.mean(others))}
@@ -106,10 +104,3 @@ def kept(excess_NN: Tensor) -> Tensor:
     mask = torch.ones(excess_NN.numel(), dtype=torch.bool)
     mask[excess_NN.flatten().topk(count).indices] = False
     return mask.view_as(excess_NN)
-
-
-def bits_of(model: Any, domain: str, seed: int) -> float:
-    """Bits per byte on some of the judge's text of one domain."""
-    ids = windows(domain, seed)[:ROWS]
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
-    return float(torch.nn.functional.cross_entropy(logits, ids[:, 1:].reshape(-1))) / float(np.log(2))

@@ -31,7 +31,7 @@ from moekit import lab
 from moekit.build._dense import DenseFFN, dense_layers
 from moekit.build._split import replace_layer
 from moekit.lab.experiments import Advance, Outcome
-from moekit.lab.experiments._building import LM, Ground, keep_units, one_domain
+from moekit.lab.experiments._building import ELSEWHERE, LM, Ground, keep_units, one_domain
 from moekit.lab.experiments._caching import gap
 from moekit.lab.experiments._seeds import each_seed, over_seeds
 from moekit.measure import bits_per_byte
@@ -121,7 +121,7 @@ def measure(ground: Ground, seed: int) -> dict[str, Any]:
 
 
 def calibration(domain: str, seed: int) -> list[Tensor]:
-    batches = one_domain(domain, seed + 7919, ROWS * LENGTH, LENGTH)
+    batches = one_domain(domain, seed + ELSEWHERE, ROWS * LENGTH, LENGTH)
     return list(batches(0)["input_ids"][:, :LENGTH])
 
 
