@@ -2,8 +2,8 @@
 
 All contestants take turns in one process; a figure is the median over rounds of the ratio within one round. Stock
 runs its experts by ``eager`` and ``grouped_mm`` (``batched_mm`` copies weights per token: 20 times slower here). Kept
-bytes are what autograd saves between forward and backward. Writes training.json beside this file. ``--rounds N``,
-``--threads N``, ``--recipes a,b``.
+bytes are what autograd saves between forward and backward; shares are of a whole step, forward and backward. Writes
+training.json beside this file. ``--rounds N``, ``--threads N``, ``--recipes a,b``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from moekit.errors import MoekitError
 from moekit.nn import layer as layers
+from moekit.nn.flow import carry
 from moekit.nn.router import Router
 from moekit.train.recipe import Recipe, recipes
 
@@ -81,21 +82,55 @@ def kept(model: Any, ids: torch.Tensor) -> int:
     return sum(seen.values())
 
 
+class Spent:
+    """Seconds by name: of calls, and of what autograd does for them in the backward, node by node.
+
+    A node counts for whoever made it first; gradients added to parameters count for nobody.
+    """
+
+    def __init__(self) -> None:
+        self.seconds, self.known, self.began = dict[str, float](), set[Any](), 0.0
+
+    def add(self, name: str) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - self.began
+
+    def begin(self, *_: Any) -> None:
+        self.began = time.perf_counter()
+
+    def watch(self, name: str, made: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> None:
+        """Count the nodes between two sets of tensors for ``name``."""
+        ends, open_nodes = {tensor.grad_fn for tensor in given}, [tensor.grad_fn for tensor in made]
+        while open_nodes:
+            node = open_nodes.pop()
+            if node is None or node in ends or node in self.known or type(node).__name__ == "AccumulateGrad":
+                continue
+            self.known.add(node)
+            node.register_prehook(self.begin)
+            node.register_hook(lambda *_: self.add(name))
+            open_nodes.extend(follower for follower, _ in node.next_functions)
+
+
 @contextmanager
-def timed(spent: dict[str, float]) -> Iterator[None]:
-    """Adds up the seconds in routers and in balance terms, forward only."""
+def timed(spent: Spent) -> Iterator[None]:
+    """Adds up the seconds in routers and in balance terms."""
     forward, listen = Router.forward, layers.listen
 
-    def clock(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            out = function(*args, **kwargs)
-            spent[name] = spent.get(name, 0.0) + time.perf_counter() - began
-            return out
+    def routed(router: Router, x: torch.Tensor, context: Any = None) -> Any:
+        spent.begin()
+        out = forward(router, x, context)
+        spent.add("router")
+        spent.watch("router", [one for one in out if one.grad_fn is not None], [x])
+        return out
 
-        return run
+    def listened(terms: Any, weights: Any, seen: Any) -> None:
+        losses = carry(seen.context).losses
+        before = list(losses.values())
+        spent.begin()
+        listen(terms, weights, seen)
+        spent.add("balance")
+        spent.watch("balance", list(losses.values()), [seen.x_TH, *before])
 
-    Router.forward, layers.listen = clock("router", forward), clock("balance", listen)
+    Router.forward, layers.listen = routed, listened
     try:
         yield
     finally:
@@ -103,20 +138,18 @@ def timed(spent: dict[str, float]) -> Iterator[None]:
 
 
 def overhead(key: str, ids: torch.Tensor, rounds: int) -> dict[str, float]:
-    """Shares of a forward pass in training mode that routing and balance take."""
-    model = Recipe.read(key).build().train()
-    shares: list[tuple[float, float]] = []
+    """Shares of a training step that routing and balance take, forward and backward."""
+    step = stepper(Recipe.read(key).build(), ids)
+    shares: list[dict[str, float]] = []
     for number in range(rounds + 1):
-        spent: dict[str, float] = {}
+        spent = Spent()
         began = time.perf_counter()
         with timed(spent):
-            model(input_ids=ids, labels=ids, use_cache=False)
+            step()
         whole = time.perf_counter() - began
         if number:
-            shares.append((spent.get("router", 0.0) / whole, spent.get("balance", 0.0) / whole))
-    return {
-        name: round(statistics.median(pair[i] for pair in shares), 3) for i, name in enumerate(("router", "balance"))
-    }
+            shares.append({name: spent.seconds.get(name, 0.0) / whole for name in ("router", "balance")})
+    return {name: round(statistics.median(share[name] for share in shares), 3) for name in ("router", "balance")}
 
 
 def main() -> None:
@@ -157,7 +190,7 @@ def main() -> None:
         "best of transformers": best,
         "speed-up over it": round(ratio, 3),
         "kept bytes": memory,
-        "share of a forward pass": shares,
+        "share of a step": shares,
     }
     Path(__file__).with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
     print(json.dumps(found, indent=2))
