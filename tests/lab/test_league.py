@@ -58,6 +58,14 @@ def test_what_was_trained_is_taken_from_the_cache_with_its_weights(small, monkey
     assert protocol.judged(model, 3)["bits"] == once["bits"]
 
 
+def test_what_was_kept_with_fewer_figures_is_trained_again(small):
+    recipe = league.contestant("base")
+    once = protocol.play(recipe, 3)
+    (kept,) = protocol.cache().glob("*.json")
+    kept.write_text(json.dumps({name: value for name, value in once.items() if name != protocol.USED}))
+    assert protocol.play(recipe, 3)[protocol.USED] == once[protocol.USED]
+
+
 def test_a_memory_after_every_layer_counts_for_every_layer():
     memory = {"kind": "memory", "keys": 4, "top": 2, "width": 8}
     sizes = {"hidden_size": 16, "num_hidden_layers": 3, "moe_intermediate_size": 8, "num_experts": 4}

@@ -39,7 +39,7 @@ def train(
     \b
     Examples:
       moekit train --output out/house
-      moekit train base --output out/plain
+      moekit train base --output out/plain --device cpu --recompute
       moekit train chain-of-experts --text code=src.txt --steps 1000 --output out/chain
       moekit train ./mine.toml --text a.txt --text b.txt --seed 3 --output out/mine
     """

@@ -12,7 +12,7 @@ from typing import Any
 
 from moekit.errors import OptionError
 from moekit.lab.experiments import Advance
-from moekit.lab.experiments._league import BASE, DOMAINS, batches, contestant, play, size_of_step
+from moekit.lab.experiments._league import BASE, DOMAINS, USED, batches, contestant, play, size_of_step
 from moekit.measure import Interval
 from moekit.train.recipe import Recipe, carry_out, recipes
 
@@ -80,10 +80,10 @@ def equal(entered: Mapping[str, Recipe], seed: int, turn: Callable[[int], None])
     What a token uses is counted while a recipe trains with its own steps on one seed: schedules and learnt gates change
     it on the way. ``turn`` is called with the number of recipes done before each.
     """
-    out, plain = dict[str, Recipe](), play(entered[BASE], seed)["active_in_training"]
+    out, plain = dict[str, Recipe](), play(entered[BASE], seed)[USED]
     for number, (key, recipe) in enumerate(entered.items()):
         turn(number)
-        ratio = plain / play(recipe, seed)["active_in_training"]
+        ratio = plain / play(recipe, seed)[USED]
         close = abs(ratio - 1) <= CLOSE
         out[key] = recipe if close else recipe.with_options(steps=max(1, round(recipe.options.steps * ratio)))
     return out
@@ -143,7 +143,7 @@ def _standing(
         return sum(float(run[figure]) for run in runs) / len(runs)
 
     tokens = recipe.options.steps * size_of_step(recipe)
-    usual = base.options.steps * size_of_step(base) * plain[0]["active_in_training"]
+    usual = base.options.steps * size_of_step(base) * plain[0][USED]
     return Standing(
         recipe=key,
         steps=recipe.options.steps,
@@ -152,7 +152,7 @@ def _standing(
         domains={domain: sum(run["bits"][domain] for run in runs) / len(runs) for domain in DOMAINS},
         total=round(mean("total")),
         active=round(mean("active")),
-        compute=mean("active_in_training") * tokens / usual,
+        compute=mean(USED) * tokens / usual,
         max_violation=mean("max_violation"),
         specialisation=mean("specialisation"),
         step_time=median(one[key] / one[BASE] for one in rounds),

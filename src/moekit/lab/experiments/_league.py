@@ -38,7 +38,7 @@ PROTOCOL = 1
 """Raised by whoever changes data, judge or base recipe: then nothing in a cache counts any more."""
 DOMAINS = ("python", "prose", "c", "arithmetic")
 TEST_BYTES = 16384
-BASE = "base"
+BASE, USED = "base", "active_in_training"
 AfterStep = Callable[[int, Record, Training], None]
 
 
@@ -94,11 +94,11 @@ def lead(found: Sequence[Mapping[str, Mapping[str, Any]]], worse: str, better: s
 
 
 def play(recipe: Recipe, seed: int) -> dict[str, Any]:
-    """Train and judge one contestant; from the cache where it was done before."""
+    """Train and judge one contestant; from the cache where it was done before, with all the figures there are now."""
     recipe = recipe.with_options(seed=seed)
     kept = cache() / f"{fingerprint(recipe)}.json"
-    if kept.is_file():
-        return json.loads(kept.read_text())
+    if kept.is_file() and USED in (figures := json.loads(kept.read_text())):
+        return figures
     model, figures = trained(recipe)
     figures |= judged(model, seed)
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ def trained(recipe: Recipe, after_step: AfterStep | None = None) -> tuple[Any, d
     return model.eval(), {
         "recipe": {"model": dict(recipe.model), "train": asdict(recipe.options), "schedule": list(recipe.schedule)},
         "processor_seconds": round(time.process_time() - started, 1),
-        "active_in_training": round(use.active(rows * (recipe.length + 1))),  # a row's last byte is read too
+        USED: round(use.active(rows * (recipe.length + 1))),  # a row's last byte is read too
         "course": {name: thinned(values) for name, values in {"loss": record.losses, **record.parts}.items()},
     }
 

@@ -47,9 +47,8 @@ def slots(recipe: Recipe, seed: int) -> list[float]:
         ]
         course.append(float(np.mean(per_token)))
 
-    tokens = (
-        recipe.options.accumulate * recipe.batch * (recipe.length + 1)
-    )  # what is read: the last token of a row is foretold, and routed too
+    rows = recipe.options.accumulate * recipe.batch
+    tokens = rows * (recipe.length + 1)  # what is read: the last token of a row is foretold, and routed too
     trained(recipe, after)
     keep(kept, course)
     return course
