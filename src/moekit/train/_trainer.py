@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from moekit.errors import OptionError
-from moekit.nn.layer import gathered
+from moekit.nn.flow import gathered
 
 if TYPE_CHECKING:
     from moekit.train.loop import _Job

@@ -15,7 +15,8 @@ from torch import Tensor
 from moekit.errors import OptionError
 from moekit.nn.config import MoekitConfig
 from moekit.nn.correction import max_violation
-from moekit.nn.layer import MoE, finish_step, gathered
+from moekit.nn.flow import gathered
+from moekit.nn.layer import MoE, finish_step
 from moekit.nn.schedule import Moment, Schedule
 from moekit.nn.seen import variation
 from moekit.train.loop import Record, train
