@@ -152,7 +152,7 @@ def test_a_probe_is_kept_and_the_figures_with_it(monkeypatch):
 
     def trained(recipe, after_step=None):
         calls.append(recipe)
-        return recipe.build().eval(), {"course": {}}
+        return recipe.build().eval(), {"course": {}, _league.USED: 0}
 
     monkeypatch.setattr(_league, "trained", trained)
     recipe = momentum_smoe.arms()["base"]
