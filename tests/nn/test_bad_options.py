@@ -101,6 +101,12 @@ def test_a_balance_needs_a_number_for_its_weight(spec):
         ({"num_attention_heads": 2, "num_key_value_heads": 3}, "num_attention_heads=2 must be a multiple of num_key"),
         ({"num_attention_heads": 0}, "num_attention_heads=0: give 1 or more"),
         ({"num_key_value_heads": 0}, "num_key_value_heads=0: give 1 or more"),
+        ({"rope_parameters": {"rope_type": "x"}}, "rope_type='x': choose one of default, dynamic"),
+        ({"rope_parameters": {"rope_theta": -1.0}}, "rope_theta=-1.0 of rotary positions: give a positive number"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": "x", "rope_theta": 1e4}},
+            "factor='x' of rotary positions: give a positive number",
+        ),
         ({"head_dim": 5}, "head_dim=5 must be even"),
         ({"head_dim": 0}, "head_dim=0: give 2 or more"),
         ({"num_attention_heads": 64}, "head_dim=0: give 2 or more"),
@@ -268,6 +274,21 @@ def test_a_course_by_way_of_a_k_that_no_group_has():
     with pytest.raises(OptionError, match="2 groups do not divide 8 experts and 3 slots evenly"):
         Schedule(model, f"{GATES}.selector.k", {"kind": "linear", "start": 2, "end": 4})
     Schedule(model, f"{GATES}.selector.k", {"kind": "steps", "values": [2, 4], "at": [0.5]})
+
+
+@pytest.mark.parametrize(
+    ("select", "attribute", "values", "said"),
+    [
+        ({"kind": "expert-choice", "share": 0.5}, "share", [0.5, 0.0], "share=0.0 of a sequence's tokens: give more"),
+        ({"kind": "expert-choice", "share": 0.5}, "most", [8, 9], "most=9 of 8 experts: give 1 to 8"),
+        ("percentile", "share", [0.5, 1.0], "share=1.0 of a percentile: give 0 to below 1"),
+        ("top-p", "p", [0.4, 1.5], "p=1.5 is a share of the probability: give more than 0 and at most 1"),
+    ],
+)
+def test_what_a_schedule_makes_of_a_selector(select, attribute, values, said):
+    model = tiny(num_experts=E, router={"select": select})
+    with pytest.raises(OptionError, match=said):
+        Schedule(model, f"{GATES}.selector.{attribute}", {"kind": "steps", "values": values, "at": [0.5]})
 
 
 def test_a_rate_that_a_schedule_makes_none_of():

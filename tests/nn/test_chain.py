@@ -131,7 +131,7 @@ def test_all_passes_are_balanced_corrected_and_trained():
     for layer in chained.modules():
         if isinstance(layer, MoE):
             assert bool(layer.gate.bias.any())
-            assert not bool(layer.count_E.any())
+            assert not bool(layer.tally.count_E.any())
 
 
 def test_saving_copying_generating_and_recomputing(tmp_path):

@@ -106,9 +106,9 @@ def test_recomputation_counts_once():
             model(ids, labels=ids).loss.backward()
             gradient.append(model.model.layers[0].mlp.gate.scorer.weight.grad.clone())
         layer = model.model.layers[0].mlp
-        counts.append((layer.count_E.clone(), layer.balance["load"].count_E.clone(), gradient[1]))
+        counts.append((layer.tally.count_E.clone(), layer.balance["load"].count_E.clone(), gradient[1]))
         finish_step(model)
-        assert int(layer.balance["load"].count_E.sum()) == int(layer.count_E.sum()) == 0
+        assert int(layer.balance["load"].count_E.sum()) == int(layer.tally.count_E.sum()) == 0
     for plain, twice in zip(*counts, strict=True):
         assert torch.allclose(plain.float(), twice.float(), atol=1e-6)
     assert int(counts[0][0].sum()) == 2 * 24 * 2

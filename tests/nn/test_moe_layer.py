@@ -181,15 +181,15 @@ def test_the_correction_moves_every_bias_towards_balance_and_only_after_a_step()
     before = made.gate.bias.clone()
     for _ in range(2):
         made(x)
-    count = made.count_E.clone()
+    count = made.tally.count_E.clone()
     assert torch.equal(made.gate.bias, before)
     assert int(count.sum()) == 2 * 64 * 2
     finish_step(made)
     assert torch.allclose(made.gate.bias, 0.1 * (count.float().mean() - count).sign())
-    assert int(made.count_E.sum()) == 0
+    assert int(made.tally.count_E.sum()) == 0
     made.eval()
     made(x)
-    assert int(made.count_E.sum()) == 0
+    assert int(made.tally.count_E.sum()) == 0
 
 
 def test_the_correction_evens_a_skewed_load():

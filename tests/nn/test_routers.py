@@ -10,6 +10,7 @@ from moekit.errors import OptionError
 from moekit.nn import Router, Site
 
 SITE = Site(hidden_size=6, intermediate_size=4, num_experts=8, top_k=3)
+AS_THEY_ARE = {"kind": "scores", "normalise": False}
 
 
 def router(site=SITE, **parts):
@@ -35,13 +36,38 @@ def test_the_plain_router_is_softmax_then_top_k_then_a_sum_of_one():
 
 
 def test_a_selection_bias_moves_the_choice_and_not_the_weights():
-    made, x = router(activation="sigmoid", weigh={"kind": "scores", "normalise": False}), torch.randn(10, 6)
+    made, x = router(activation="sigmoid", weigh=AS_THEY_ARE), torch.randn(10, 6)
     made.register_buffer("bias", torch.zeros(8))
     made.bias[5] = 10.0
     found = route(made, x)
     assert (found.expert[:, 0] == 5).all()
     scores = (x @ made.scorer.weight.T).sigmoid()
     assert torch.allclose(found.weight, scores.gather(1, found.expert))
+
+
+@given(size=st.sampled_from([0.5, 5.0, 60.0]), seed=st.integers(0, 99))
+def test_stick_breaking_gives_each_expert_its_share_of_what_is_left(size, seed):
+    made = router(activation="stick-breaking", weigh=AS_THEY_ARE)
+    x = size * torch.randn(9, 6, generator=torch.Generator().manual_seed(seed))
+    logits = x @ made.scorer.weight.detach().T
+    share, slack = logits.double().sigmoid(), 1e-6 * float(logits.abs().max().clamp(min=1))  # of a float32's exponent
+    left, scores = torch.ones(9, dtype=torch.double), []
+    for own in share.unbind(1):
+        scores.append(own * left)
+        left = left * (1 - own)
+    weight = torch.stack(scores, 1).topk(3).values
+    found = route(made, x)
+    assert torch.allclose(found.weight.double(), weight, atol=slack)
+    assert torch.allclose(torch.stack(scores, 1).gather(1, found.expert), weight, atol=slack)
+    assert (found.weight.sum(1) <= 1 + slack).all()
+
+
+def test_stick_breaking_passes_over_those_outside_the_pool():
+    made, x = router(activation="stick-breaking", weigh=AS_THEY_ARE), torch.randn(20, 6)
+    made.pool = torch.tensor([False, True] * 4)
+    own = (x @ made.scorer.weight.T).sigmoid()[:, 1::2]
+    expected = own * torch.cat((torch.ones(20, 1), (1 - own).cumprod(1)[:, :-1]), 1)
+    assert torch.allclose(route(made, x).weight, expected.topk(3).values, atol=1e-6)
 
 
 def test_a_pool_leaves_the_others_without_probability():
@@ -63,15 +89,18 @@ def test_a_pool_smaller_than_k_leaves_slots_unused():
 @settings(max_examples=40)
 @given(p=st.floats(0.01, 1.0), tokens=st.integers(0, 12), seed=st.integers(0, 5))
 def test_top_p_is_the_smallest_set_that_reaches_p(p, tokens, seed):
-    made = router(select={"kind": "top-p", "p": p}, weigh={"kind": "scores", "normalise": False})
+    made = router(select={"kind": "top-p", "p": p}, weigh=AS_THEY_ARE)
     x = torch.randn(tokens, 6, generator=torch.Generator().manual_seed(seed))
     found = route(made, x)
     scores = (x @ made.scorer.weight.T).softmax(-1)
     for row, chosen in zip(scores, found.expert, strict=True):
         chosen = chosen[chosen != PAD]
         best = row.sort(descending=True).values
-        count = next((m for m in range(1, 9) if best[:m].sum() >= p - 1e-6), 8)
-        assert abs(len(chosen) - count) <= (1 if abs(best[:count].sum().item() - p) < 1e-5 else 0)
+        least, most = (
+            next((m for m in range(1, 9) if best[:m].sum() >= p + slack), 8)
+            for slack in (-1e-6, 1e-6)  # sums of floats
+        )
+        assert least <= len(chosen) <= most
         assert torch.allclose(row[chosen].sort(descending=True).values, best[: len(chosen)])
 
 
@@ -152,6 +181,8 @@ def test_a_token_of_nan_is_not_silently_left_out(select):
         ({"select": {"kind": "grouped", "groups": 3}}, "3 groups do not divide 8 experts and 3 slots evenly"),
         ({"select": "grouped"}, "selector 'grouped' needs the option 'groups'"),
         ({"scorer": "linear"}, "a router has no part 'scorer': it has score, activation"),
+        ({"score": {"kind": "mlp", "width": 0}}, "width=0 of an MLP that scores: give 1 or more"),
+        ({"score": {"kind": "mlp", "activation": "x"}}, "activation='x' of an MLP that scores: choose one that"),
         ({"activation": {"kind": "sigmoid", "x": 1}}, "has no options"),
     ],
 )

@@ -58,6 +58,12 @@ def test_a_schedule_that_ends_elsewhere_than_the_config_is_refused_each_time(rec
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.toml"]
 
 
+def test_a_schedule_of_a_size_is_refused_before_the_run(recipe, tmp_path):
+    entry = {"set": "*.self_attn.head_dim", "course": {"kind": "steps", "values": [8, 3], "at": [0.5]}}
+    with pytest.raises(OptionError, match=r"leaves a model that cannot compute \(.*head_dim ends with 3, \[model"):
+        train_to(dataclasses.replace(recipe, schedule=(entry,)), batches, tmp_path / "out")
+
+
 def test_a_course_that_no_step_reaches_the_end_of_ends_there(recipe, tmp_path):
     train_to(scheduled(recipe, 4, 2), batches, tmp_path / "out")
     used = [sum(json.loads(line)["load"][0]) for line in (tmp_path / "out" / METRICS).read_text().splitlines()]
@@ -192,6 +198,26 @@ def test_the_log_tells_how_uneven_the_load_is(recipe, tmp_path):
         assert 0 <= line["variation"] <= 3**0.5
 
 
+@pytest.mark.parametrize(
+    ("sublayer", "choices", "listed"),
+    [
+        ({"kind": "memory", "keys": 4, "top": 3, "width": 8}, 16, True),
+        ({"kind": "memory", "keys": 40, "top": 3, "width": 8}, 1600, False),
+        ({"kind": "decomposed", "sides": 6, "heads": 2, "keep": 2, "width": 4}, 12, True),
+    ],
+)
+def test_the_log_counts_items_and_halves_too(sublayer, choices, listed, recipe, tmp_path):
+    recipe = recipe.with_model(feed_forward=sublayer)
+    train_to(recipe, batches, tmp_path / "out")
+    layers = recipe.config().num_hidden_layers
+    for line in map(json.loads, (tmp_path / "out" / METRICS).read_text().splitlines()):
+        assert line["choices"] == layers * choices
+        assert 0 <= line["dead"] < layers * choices
+        assert line["variation"] > 0
+        assert [len(counts) for counts in line["load"]] == [choices] * layers * listed
+        assert all(sum(counts) >= 4 * 12 for counts in line["load"])
+
+
 def test_nothing_is_drawn_while_a_model_is_written(recipe, tmp_path, capsys):
     train_to(recipe, batches, tmp_path / "out")
     assert capsys.readouterr().err == ""
@@ -236,4 +262,4 @@ def test_under_the_trainer_of_transformers_a_callback_ends_the_step(tmp_path, ca
     Trainer(model, told, train_dataset=rows, callbacks=callbacks).train()
     layer = model.model.layers[0].mlp
     assert int(layer.correction.steps) == (2 if moved else 0)
-    assert bool(layer.count_E.any()) is not moved
+    assert bool(layer.tally.count_E.any()) is not moved

@@ -17,11 +17,11 @@ def draw(lines: list[dict[str, Any]], folder: Path) -> Path | None:
     loss, uneven, load = figure.subplots(1, 3)
     loss.plot(steps, [line["cross_entropy"] for line in lines], linewidth=1)
     loss.set(title="cross-entropy", xlabel="step", ylabel="nats per token")
-    experts = max(1, sum(map(len, lines[-1]["load"])))
+    choices = max(1, lines[-1]["choices"])
     for label, values in (
         ("MaxVio, mean over layers", [line["max_violation"] for line in lines]),
         ("coefficient of variation, mean over layers", [line["variation"] for line in lines]),
-        ("share of dead experts", [line["dead"] / experts for line in lines]),
+        ("share of dead experts", [line["dead"] / choices for line in lines]),
     ):
         uneven.plot(steps, values, linewidth=1, label=label)
     uneven.legend(fontsize="small")

@@ -17,6 +17,7 @@ from .costs import NoisySoftmax
 from .limits import positive
 from .parts import Site
 from .sinkhorn import SelectiveSinkhorn
+from .stick_breaking import StickWeights
 
 
 class Softmax(nn.Module):
@@ -68,11 +69,26 @@ class Identity(nn.Module):
         return logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
 
 
+class StickBreaking(nn.Module):
+    """Each choice breaks its share off what those before it have left: ``sigmoid(z_e) prod_{j<e} (1 - sigmoid(z_j))``.
+
+    ModuleFormer's attention breaks the stick over keys; here it is broken over experts, in the order of their ids. No
+    score is negative, and they sum to at most 1: what is left of the stick goes to nobody. In float32 at least.
+    """
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+
+    def forward(self, logits_TE: Tensor, context: Context) -> Tensor:
+        return StickWeights.apply(logits_TE)
+
+
 ACTIVATIONS: dict[str, Callable[..., Any]] = {
     "softmax": Softmax,
     "gumbel-softmax": GumbelSoftmax,
     "sigmoid": Sigmoid,
     "identity": Identity,
+    "stick-breaking": StickBreaking,
     "noisy-softmax": NoisySoftmax,
     "selective-sinkhorn": SelectiveSinkhorn,
 }

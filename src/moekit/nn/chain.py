@@ -8,13 +8,13 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..contract import Context
 from ..errors import OptionError
 from .layer import MoE
 from .parts import Site
+from .tally import Tally
 
 
 class Again(MoE):
@@ -30,7 +30,7 @@ class Again(MoE):
         self.gate = deepcopy(owner.gate, {id(module): module for module in site.common.values()})
         self.balance, self.weight_of = deepcopy(owner.balance), owner.weight_of
         self.correction = deepcopy(owner.correction)
-        self.register_buffer("count_E", torch.zeros_like(owner.count_E), persistent=False)
+        self.tally = Tally(owner.gate.num_experts)
 
     @property
     def experts(self) -> nn.Module:

@@ -5,11 +5,12 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.configuration_auto import AutoConfig
 
 from ..errors import OptionError
 from .depth import per_layer
-from .parts import Site
+from .parts import Site, fits
 
 _LEAST = {
     "vocab_size": 1,
@@ -113,6 +114,16 @@ class MoekitConfig(PreTrainedConfig):
             )
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise OptionError(f"pad_token_id={self.pad_token_id} is not among the {self.vocab_size} tokens there are")
+        self._check_rope(self.rope_parameters or {})
+
+    @staticmethod
+    def _check_rope(told: dict[str, Any]) -> None:
+        kind = told.get("rope_type", "default")
+        if kind not in ("default", *ROPE_INIT_FUNCTIONS):
+            raise OptionError(f"rope_type={kind!r}: choose one of default, {', '.join(sorted(ROPE_INIT_FUNCTIONS))}")
+        for name in ("rope_theta", "factor"):
+            if name in told and not (fits(told[name], float) and told[name] > 0):
+                raise OptionError(f"{name}={told[name]!r} of rotary positions: give a positive number")
 
     def site(self, layer: int) -> Site:
         """What the parts of one MoE layer are told about it.

@@ -16,6 +16,7 @@ from transformers import initialization as init
 from ..contract import Context
 from ..errors import OptionError
 from .flow import carry, recomputed
+from .tally import Tally
 
 
 class HalvesRouter(nn.Module):
@@ -112,6 +113,7 @@ class Decomposed(nn.Module):
         self.down = nn.Parameter(torch.zeros(1 + vertical, 1 + vertical, sides, out, units))
         self.down_bias = nn.Parameter(torch.zeros(1 + vertical, sides, out))
         self.mask: Tensor | None = None
+        self.tally = Tally(2 * sides)
 
     def initialise(self, std: float) -> None:
         for weight in (self.up, self.down):
@@ -123,7 +125,7 @@ class Decomposed(nn.Module):
         first, second = (g.to(x_TH.dtype) for g in self.halves(x_TH, context or Context()))
         if context is not None:  # halves of either side, those of the first before those of the second
             own = slice(None) if context.padding is None else ~context.padding
-            carry(context).load.append(torch.cat([(g[own] > 0).sum((0, 1)) for g in (first, second)]))
+            self.tally.add(torch.cat([(g[own] > 0).sum((0, 1)) for g in (first, second)]), context)
         combine = self._vertical if self.vertical else self._horizontal
         return combine(x_TH, first, second).reshape(hidden_states.shape)
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..contract import Context
-from ..errors import OptionError
 from .flow import by_sequence, real
+from .limits import portion, slots
 from .parts import Site
 from .ranking import best, kept, ranked
 
@@ -30,21 +30,20 @@ class ExpertChoice(nn.Module):
     """
 
     cached = False
+    share = portion("share={value} of a sequence's tokens")
+    most = slots("most={value} of {at.choices} experts")
 
     def __init__(self, site: Site, *, share: float, most: int | None = None, causal: bool = True) -> None:
         super().__init__()
-        if not 0 < share <= 1:
-            raise OptionError(f"share={share} of a sequence's tokens: give more than 0 and at most 1")
-        if most is not None and not 1 <= most <= site.choices:
-            raise OptionError(f"most={most} of {site.choices} experts: give 1 to {site.choices}")
-        self.share, self.most, self.causal = share, most, causal
+        self.choices = site.choices
+        self.share, self.most, self.causal = share, site.choices if most is None else most, causal
 
     def forward(self, scores_TE: Tensor, context: Context, bias: Tensor | None = None) -> Tensor:
         ranks_TE = ranked(scores_TE, bias)
         if not len(ranks_TE):
             return best(ranks_TE, 1)
         allowed = ranks_TE > -math.inf
-        if self.most is not None:
+        if self.most < self.choices:
             allowed &= torch.zeros_like(allowed).scatter(1, ranks_TE.topk(self.most, dim=1).indices, True)
         real_BS = by_sequence(real(ranks_TE, context), context)
         ranks_BSE = by_sequence(ranks_TE.masked_fill(~allowed, -math.inf), context)

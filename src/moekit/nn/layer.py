@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import initialization as init
 
 from ..contract import Context, Routing
 from .balance import Seen
 from .correction import Correction
-from .flow import begin, carry, counted, gathered, real, recomputed
+from .flow import begin, carry, counted, gathered, real
 from .router import Router
+from .tally import Tally
 
 
 class MoE(nn.Module):
@@ -30,8 +30,6 @@ class MoE(nn.Module):
         balance: terms by name, each with the weight of its value; they go to the carry's losses while training.
         correction: moves the router's bias after each optimizer step (:meth:`finish_step`).
     """
-
-    count_E: Tensor  # noqa: N815
 
     def __init__(
         self,
@@ -51,10 +49,7 @@ class MoE(nn.Module):
         self.balance = nn.ModuleDict({name: term for name, (_, term) in balance.items()})
         self.weight_of = Weights({name: weight for name, (weight, _) in balance.items()})
         self.correction = correction
-        self.register_buffer("count_E", torch.zeros(router.num_experts, dtype=torch.int64), persistent=False)
-
-    def initialise(self, std: float) -> None:
-        init.zeros_(self.count_E)  # what is not saved is not there when a model is loaded
+        self.tally = Tally(router.num_experts)
 
     @property
     def num_experts(self) -> int:
@@ -93,19 +88,14 @@ class MoE(nn.Module):
     def finish_step(self) -> None:
         """The optimizer has stepped: correct the bias by what was counted since, and count anew."""
         if self.correction is not None and self.gate.bias is not None:
-            self.correction.step(self.gate.bias, gathered(self.count_E), self.gate.pool)
-        self.count_E.zero_()
+            self.correction.step(self.gate.bias, gathered(self.tally.count_E), self.gate.pool)
+        self.tally.finish_step()
 
     def _tell(self, x_TH: Tensor, routing: Routing, context: Context) -> None:
-        flow = carry(context)
-        flow.routing = routing
-        count = counted(routing, self.gate.num_experts, context)
-        flow.load.append(count)
-        if not self.training:
-            return
-        if not recomputed():
-            self.count_E += count
-        listen(self.balance, self.weight_of, Seen(x_TH, routing, self.gate, self.experts, context))
+        carry(context).routing = routing
+        self.tally.add(counted(routing, self.gate.num_experts, context), context)
+        if self.training:
+            listen(self.balance, self.weight_of, Seen(x_TH, routing, self.gate, self.experts, context))
 
 
 class Weights(nn.Module):

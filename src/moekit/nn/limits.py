@@ -39,6 +39,11 @@ def slots(says: str) -> Any:
     return Limited(int, lambda value, part: 1 <= value <= part.choices, f"{says}: give 1 to {{at.choices}}")
 
 
+def portion(says: str) -> Any:
+    """A share of something: more than 0, at most 1."""
+    return Limited(float, lambda value, part: 0 < value <= 1, f"{says}: give more than 0 and at most 1")
+
+
 def positive(says: str) -> Any:
     """Any number above 0."""
     return Limited(float, lambda value, part: value > 0, says)

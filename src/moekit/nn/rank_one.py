@@ -18,8 +18,9 @@ from transformers.activations import ACT2FN
 from ..contract import Context
 from ..errors import OptionError
 from .experts import shared_expert
-from .flow import carry, real
+from .flow import real
 from .product_keys import ProductKeys
+from .tally import Tally
 
 
 class Memory(nn.Module):
@@ -80,6 +81,7 @@ class Memory(nn.Module):
         self.shared_expert = shared_expert(config)
         self.inner = config.shared_expert_intermediate_size or config.intermediate_size
         self.depth = config.num_hidden_layers
+        self.tally = Tally(keys * keys)
 
     def initialise(self, std: float) -> None:
         size = self.find.query.in_features
@@ -124,5 +126,5 @@ class Memory(nn.Module):
             y_TH = y_TH + self.shared_expert(x_TH)
         if context is not None:
             item = item[real(x_TH, context)]
-            carry(context).load.append(torch.bincount(item.flatten(), minlength=len(self.value)))
+            self.tally.add(torch.bincount(item.flatten(), minlength=len(self.value)), context)
         return y_TH.reshape(hidden_states.shape)

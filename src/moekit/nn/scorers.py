@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.activations import ACT2FN
 
 from ..contract import Context
 from ..errors import OptionError
@@ -56,8 +57,10 @@ class MLP(nn.Module):
 
     def __init__(self, site: Site, *, width: int = 256, activation: str = "gelu") -> None:
         super().__init__()
-        from transformers.activations import ACT2FN
-
+        if width < 1:
+            raise OptionError(f"width={width} of an MLP that scores: give 1 or more")
+        if activation not in ACT2FN:
+            raise OptionError(f"activation={activation!r} of an MLP that scores: choose one that transformers knows")
         self.inner = nn.Linear(site.hidden_size, width, bias=False)
         self.act_fn = ACT2FN[activation]
         self.weight = nn.Parameter(torch.zeros(site.choices, width))

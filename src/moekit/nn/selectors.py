@@ -17,7 +17,7 @@ from ..contract import PAD, Context
 from .capacity import Capped
 from .expert_choice import ExpertChoice
 from .group_limited import GroupLimited
-from .limits import Limited, slots
+from .limits import Limited, portion, slots
 from .parts import Site
 from .ranking import best, ranked
 from .sampling import Sampled
@@ -44,9 +44,7 @@ class TopP(nn.Module):
     Harder Tasks Need More Experts: t = min{m : sum of the m highest >= p}, where the sum is 1 as of a softmax.
     """
 
-    p: Any = Limited(
-        float, lambda p, part: 0 < p <= 1, "p={value} is a share of the probability: give more than 0 and at most 1"
-    )
+    p = portion("p={value} is a share of the probability")
     most = slots("most={value} of {at.choices} experts")
 
     def __init__(self, site: Site, *, p: float = 0.4, most: int | None = None) -> None:

@@ -14,7 +14,7 @@ from transformers import initialization as init
 from ..contract import Context
 from ..errors import OptionError
 from .flow import real, recomputed
-from .limits import slots
+from .limits import Limited, portion, slots
 from .parts import Site
 from .ranking import kept, ranked
 
@@ -30,16 +30,14 @@ class Percentile(nn.Module):
     last) stands for it, so that a text can be gone on with. Padding has no say in it.
     """
 
+    share = Limited(float, lambda share, part: 0 <= share < 1, "share={value} of a percentile: give 0 to below 1")
+    pace = portion("pace={value} of a running mean")
     threshold: Tensor
 
     def __init__(self, site: Site, *, share: float = 0.75, scope: str = "token", pace: float = 0.05) -> None:
         super().__init__()
-        if not 0 <= share < 1:
-            raise OptionError(f"share={share} of a percentile: give 0 to below 1")
         if scope not in SCOPES:
             raise OptionError(f"scope={scope!r} of a percentile: choose one of {', '.join(SCOPES)}")
-        if not 0 < pace <= 1:
-            raise OptionError(f"pace={pace} of a running mean: give more than 0 and at most 1")
         self.share, self.scope, self.pace = share, scope, pace
         self.register_buffer("threshold", torch.full((), math.nan) if scope == "batch" else None)
 

@@ -16,9 +16,10 @@ from moekit.errors import OptionError
 from moekit.nn.config import MoekitConfig
 from moekit.nn.correction import max_violation
 from moekit.nn.flow import gathered
-from moekit.nn.layer import MoE, finish_step
+from moekit.nn.layer import finish_step
 from moekit.nn.schedule import Moment, Schedule
 from moekit.nn.seen import variation
+from moekit.nn.tally import Tally
 from moekit.train.loop import Record, train
 from moekit.train.options import TrainOptions
 from moekit.train.sequences import Batch, Batches, targets
@@ -173,7 +174,7 @@ class Training:
         self.begun = True
 
     def end_step(self, step: int) -> None:
-        self.load = [gathered(layer.count_E).clone() for layer in self.model.modules() if isinstance(layer, MoE)]
+        self.load = [gathered(part.count_E).clone() for part in self.model.modules() if isinstance(part, Tally)]
         finish_step(self.model)
 
     def unevenness(self) -> dict[str, float]:

@@ -26,6 +26,8 @@ from moekit.train.sequences import Batches
 
 METRICS = "metrics.jsonl"
 RECIPE = "recipe.json"
+LISTED = 1024
+"""The most choices of a layer whose loads a line of the metrics lists: a memory of product keys has thousands."""
 Drawing = Callable[[list[dict[str, Any]], Path], object]
 
 
@@ -137,11 +139,15 @@ def _check_end(recipe: Recipe, model: Any) -> None:
     running.end()
     loaded = type(model)(model.config).eval()
     loaded.load_state_dict(ended.state_dict())
-    if not _same(ended, loaded):
-        left = (f"{name} ends with {now}, [model] says {before}" for name, (now, before) in running.left().items())
+    left = "; ".join(f"{name} ends with {now}, [model] says {before}" for name, (now, before) in running.left().items())
+    try:
+        same = _same(ended, loaded)
+    except (RuntimeError, IndexError) as error:  # it moved a size of what is already built
+        raise OptionError(f"a [[schedule]] leaves a model that cannot compute ({left}): {error}") from error
+    if not same:
         raise OptionError(
-            f"a [[schedule]] ends with other values than [model] says ({'; '.join(left)}): give [model] the values "
-            "that training ends with"
+            f"a [[schedule]] ends with other values than [model] says ({left}): give [model] the values that training "
+            "ends with"
         )
 
 
@@ -196,8 +202,9 @@ class Log:
             "loss": record.losses[-1],
             **{name: values[-1] for name, values in record.parts.items()},
             **running.unevenness(),
+            "choices": sum(map(len, running.load)),
             "learning_rate": running.recipe.options.learning_rate * running.recipe.options.factor(step - 1),
-            "load": [count.tolist() for count in running.load],
+            "load": [count.tolist() for count in running.load if len(count) <= LISTED],
             "seconds": round(time.perf_counter() - self.began, 3),
         }
         self.file.write(json.dumps(line) + "\n")
