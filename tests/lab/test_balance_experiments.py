@@ -20,6 +20,7 @@ from moekit.lab.experiments import (
     topk_gmoe_theory,
 )
 from moekit.lab.experiments import _league as league
+from moekit.nn import Correction
 from moekit.train.recipe import Training
 
 
@@ -87,6 +88,18 @@ def test_a_rule_holds_where_all_is_as_claimed(module):
 @pytest.mark.parametrize(("module", "where", "value"), WRONG)
 def test_each_condition_can_fail(module, where, value):
     assert not module.holds(changed(RIGHT[module], where, value))
+
+
+@pytest.mark.parametrize("name", ["signs", "small"])
+def test_fixed_scores_are_balanced_without_a_wrong_move_or_a_rise(name, monkeypatch):
+    monkeypatch.setattr(alf_lb_theory, "STEPS", 400)
+    draw = torch.Generator().manual_seed(5)
+    scores = alf_lb_theory.sampled(draw, 2048, alf_lb_theory.offsets(draw))
+    found = alf_lb_theory.iterated(scores, Correction(**alf_lb_theory.FIXED[name]))
+    assert found["moved_wrongly"] == found["lagrangian_rises"] == 0
+    assert found["max_violation"] < 0.1
+    if name == "signs":
+        assert found["moved_to_the_overloaded"] == 0
 
 
 SMALL = [

@@ -74,6 +74,32 @@ def test_a_head_that_is_not_chosen_adds_nothing() -> None:
     assert torch.equal(gate[:, 1:].argmax(1), chosen.indices)
 
 
+@pytest.mark.parametrize("two_stage", [True, False])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_gates_of_two_shared_and_two_chosen_heads_by_hand(scaled: bool, two_stage: bool) -> None:
+    config = SimpleNamespace(**{**vars(CONFIG), "num_attention_heads": 6})
+    heads, x = made(Heads, config, k=2, shared=2, scaled=scaled, two_stage=two_stage), torch.randn(5, 16)
+    with torch.no_grad():
+        gate = heads.gates(x, begin(1, 5, x.device))
+        routed, shared = heads.router.gate.score(x, begin(1, 5, x.device)).softmax(-1), heads.shared_gate(x).softmax(-1)
+        mix = heads.mix(x).softmax(-1) if two_stage else torch.full((5, 2), 0.5)
+    kept = routed * (routed >= routed.topk(2).values[:, 1:])
+    if scaled:
+        kept, shared, mix = 2 * kept / kept.sum(1, keepdim=True), 2 * shared, 2 * mix
+    torch.testing.assert_close(gate, torch.cat((mix[:, :1] * shared, mix[:, 1:] * kept), dim=1))
+
+
+def test_a_query_gates_by_its_norm_over_the_deviation_of_norms() -> None:
+    """The gates are 1; what their gradient flows through are the softmax's scores."""
+    heads, x = made(Heads, k=1, shared=2, by="query"), torch.randn(5, 16)
+    heads.gates(x, begin(1, 5, x.device))[:, 2:].amax(1).sum().backward()
+    found = heads.q_proj.weight.grad.clone()
+    heads.q_proj.weight.grad = None
+    norm = heads.q_proj(x).unflatten(-1, (4, 4)).norm(dim=-1)
+    ((norm / norm.std(1, unbiased=False, keepdim=True))[:, 2:].softmax(1).amax(1)).sum().backward()
+    torch.testing.assert_close(found, heads.q_proj.weight.grad)
+
+
 def test_heads_by_query_take_the_longest_queries_with_gates_of_one() -> None:
     heads = made(Heads, k=1, shared=2, by="query")
     x = torch.randn(1, 7, 16)

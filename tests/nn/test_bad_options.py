@@ -107,6 +107,12 @@ def test_a_balance_needs_a_number_for_its_weight(spec):
             {"rope_parameters": {"rope_type": "linear", "factor": "x", "rope_theta": 1e4}},
             "factor='x' of rotary positions: give a positive number",
         ),
+        ({"modality_starts": [20, 10]}, r"modality_starts=\[20, 10\]: give rising ids of the 40 tokens there are"),
+        ({"modality_starts": [-4]}, r"modality_starts=\[-4\]: give rising ids"),
+        ({"modality_starts": [10, 99]}, r"modality_starts=\[10, 99\]: give rising ids"),
+        ({"experts": {"kind": "modulated", "width": -3}}, "width=-3 of an adaptor: give 1 or more"),
+        ({"experts": {"kind": "modulated", "width": 0}}, "width=0 of an adaptor: give 1 or more"),
+        ({"wiring": {"kind": "adam-momentum", "eps": -1.0}}, "eps=-1 of Adam must be positive"),
         ({"head_dim": 5}, "head_dim=5 must be even"),
         ({"head_dim": 0}, "head_dim=0: give 2 or more"),
         ({"num_attention_heads": 64}, "head_dim=0: give 2 or more"),
@@ -176,7 +182,7 @@ def test_groups_divide_experts_and_slots_or_are_refused(experts, groups, k):
         expert = Router(site, {"select": spec}).selector(torch.rand(7, experts), None)
         assert (torch.bincount(expert.flatten() // (experts // groups), minlength=groups) == 7 * k // groups).all()
     else:
-        with pytest.raises(OptionError, match=f"{groups} groups do not divide {experts} experts and {k} slots evenly"):
+        with pytest.raises(OptionError, match=f"{groups} groups do not divide {experts} experts and .* slots evenly"):
             Router(site, {"select": spec})
 
 
@@ -279,6 +285,8 @@ def test_a_course_by_way_of_a_k_that_no_group_has():
 @pytest.mark.parametrize(
     ("select", "attribute", "values", "said"),
     [
+        ({"kind": "grouped", "groups": 2}, "groups", [2, 3], "3 groups do not divide 8 experts and their slots evenly"),
+        ({"kind": "grouped", "groups": 2}, "groups", [2, 4], "4 groups do not divide 8 experts and their slots evenly"),
         ({"kind": "expert-choice", "share": 0.5}, "share", [0.5, 0.0], "share=0.0 of a sequence's tokens: give more"),
         ({"kind": "expert-choice", "share": 0.5}, "most", [8, 9], "most=9 of 8 experts: give 1 to 8"),
         ("percentile", "share", [0.5, 1.0], "share=1.0 of a percentile: give 0 to below 1"),
@@ -289,6 +297,20 @@ def test_what_a_schedule_makes_of_a_selector(select, attribute, values, said):
     model = tiny(num_experts=E, router={"select": select})
     with pytest.raises(OptionError, match=said):
         Schedule(model, f"{GATES}.selector.{attribute}", {"kind": "steps", "values": values, "at": [0.5]})
+
+
+@pytest.mark.parametrize(
+    ("attribute", "values", "said"),
+    [
+        ("passes", [5, 0], "passes=0 of a calibrated router: a deviation needs 2 or more"),
+        ("dropout", [0.1, 1.0], "dropout=1.0 of a router: give 0 to below 1"),
+        ("floor", [0.1, 0.0], "floor=0.0 of a calibrated router must be positive"),
+    ],
+)
+def test_what_a_schedule_makes_of_a_calibrated_scorer(attribute, values, said):
+    model = tiny(router={"score": "calibrated"})
+    with pytest.raises(OptionError, match=said):
+        Schedule(model, f"{GATES}.scorer.{attribute}", {"kind": "steps", "values": values, "at": [0.5]})
 
 
 def test_a_rate_that_a_schedule_makes_none_of():

@@ -129,8 +129,8 @@ def test_gradients_are_finite_where_all_passes_agree():
     [
         (lambda: bank("quadratic"), "choose one of linear, vector"),
         (lambda: scorer(passes=1), "needs 2 or more"),
-        (lambda: scorer(dropout=1.0), "0 <= dropout < 1"),
-        (lambda: scorer(floor=0), "floor > 0"),
+        (lambda: scorer(dropout=1.0), "dropout=1.0 of a router: give 0 to below 1"),
+        (lambda: scorer(floor=0), "floor=0 of a calibrated router must be positive"),
     ],
 )
 def test_bad_options(call, message):

@@ -47,13 +47,16 @@ def layer(others=(), **more):
 
 
 def by_hand(made, x, routing):
+    """Others, if there are any: zero, copy, constant."""
     y = torch.zeros_like(x)
     for t in range(len(x)):
         for e, w in zip(routing.expert[t].tolist(), routing.weight[t], strict=True):
-            if e >= E:
-                rows = made.others[e - E](x[t : t + 1])
-                y[t] += 0 if rows is None else w * rows[0]
-            elif e >= 0:
+            if e == E + 1:
+                y[t] += w * x[t]
+            elif e == E + 2:
+                own = (made.others[2].mix.weight @ x[t]).softmax(0)
+                y[t] += w * (own[0] * x[t] + own[1] * made.others[2].vector)
+            elif 0 <= e < E:
                 gate, up = (made.experts.gate_up_proj[e] @ x[t]).chunk(2)
                 y[t] += w * (made.experts.down_proj[e] @ (torch.nn.functional.silu(gate) * up))
     return y
@@ -64,7 +67,7 @@ def test_the_layer_is_the_weighted_sum_of_what_was_chosen(others):
     made, x = layer(others), torch.randn(40, 8)
     routing = made.gate.routing(made.gate(x))
     if others:
-        assert int(routing.expert.max()) >= E
+        assert set(range(E, E + 3)) <= set(routing.expert.flatten().tolist())
     assert torch.allclose(made(x), by_hand(made, x, routing), atol=1e-5)
 
 
@@ -190,6 +193,18 @@ def test_the_correction_moves_every_bias_towards_balance_and_only_after_a_step()
     made.eval()
     made(x)
     assert int(made.tally.count_E.sum()) == 0
+
+
+@pytest.mark.parametrize("course", ["constant", "1/sqrt(n)", "1/n"])
+@pytest.mark.parametrize("update", ["sign", "proportional"])
+def test_every_update_and_course_by_hand(update, course):
+    bias, correction = torch.zeros(4), Correction(rate=0.3, update=update, course=course)
+    count, expected = torch.tensor([10, 2, 4, 0]), torch.zeros(4)  # mean 4
+    error = torch.tensor([-1.0, 1.0, 0.0, 1.0] if update == "sign" else [-1.5, 0.5, 0.0, 1.0])
+    for step in (1, 2, 3):
+        correction.step(bias, count)
+        expected += 0.3 * error / {"constant": 1, "1/sqrt(n)": step**0.5, "1/n": step}[course]
+        assert torch.allclose(bias, expected, atol=1e-6)
 
 
 def test_the_correction_evens_a_skewed_load():

@@ -121,6 +121,16 @@ def test_grouped_takes_as_many_from_every_group():
     assert (torch.bincount(found.expert.flatten() // 2, minlength=4) == 30).all()
 
 
+def test_grouped_takes_the_best_of_every_group_with_its_share_of_the_whole_softmax():
+    site = Site(hidden_size=6, intermediate_size=4, num_experts=8, top_k=4)
+    made, x = router(site, select={"kind": "grouped", "groups": 2}, weigh=AS_THEY_ARE), torch.randn(30, 6)
+    found = route(made, x)
+    scores = (x @ made.scorer.weight.T).softmax(-1)
+    best = torch.cat([half.topk(2).indices + 4 * number for number, half in enumerate(scores.chunk(2, dim=1))], dim=1)
+    assert torch.equal(found.expert.sort(1).values, best.sort(1).values)
+    assert torch.allclose(found.weight, scores.gather(1, found.expert))
+
+
 @pytest.mark.parametrize("weigh", ["scores", "chosen", "ones"])
 @pytest.mark.parametrize("select", ["top-k", {"kind": "top-p", "p": 0.5}, {"kind": "grouped", "groups": 1}])
 def test_edges(select, weigh):
@@ -178,7 +188,7 @@ def test_a_token_of_nan_is_not_silently_left_out(select):
         ({"select": {"kind": "top-k", "n": 2}}, "selector 'top-k' has no option 'n': it has k"),
         ({"select": {"kind": "top-k", "k": 9}}, "top-k of 9 among 8 experts: give 1 to 8"),
         ({"select": {"kind": "top-p", "p": 0.0}}, "p=0.0 is a share of the probability"),
-        ({"select": {"kind": "grouped", "groups": 3}}, "3 groups do not divide 8 experts and 3 slots evenly"),
+        ({"select": {"kind": "grouped", "groups": 3}}, "3 groups do not divide 8 experts and their slots evenly"),
         ({"select": "grouped"}, "selector 'grouped' needs the option 'groups'"),
         ({"scorer": "linear"}, "a router has no part 'scorer': it has score, activation"),
         ({"score": {"kind": "mlp", "width": 0}}, "width=0 of an MLP that scores: give 1 or more"),

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from wholes import lives, tiny, tokens
 
+from moekit.contract import Context, Routing
 from moekit.errors import OptionError
-from moekit.nn import Site, Standalone, finish_step
-from moekit.nn.subspace import SubspaceExperts
+from moekit.nn import MoE, Router, Seen, Site, Standalone, finish_step
+from moekit.nn.subspace import Conflict, Connections, SubspaceExperts
 
 SITE = Site(hidden_size=6, intermediate_size=5, num_experts=4, top_k=2)
 FIELDS = {
@@ -131,6 +132,22 @@ def test_opposed_experts_are_pulled_apart_and_agreeing_ones_are_not():
     assert bool((grad[[0, 1], [1, 0]] > 0).all())
     assert int((grad != 0).sum()) == 2
     assert torch.equal(before, layer.experts.topology)
+
+
+def test_both_terms_by_hand():
+    """Conflicts count by the sigmoid of their connection (the released code has the connection itself), and only
+    between experts that the batch uses."""
+    router = Router(SITE)
+    layer = MoE(router, bank(6))
+    routing = Routing(torch.tensor([[0, 1], [1, 2], [0, 2]]), torch.ones(3, 2), torch.zeros(3, 4))
+    seen = Seen(torch.zeros(3, 6), routing, router, layer.experts, Context())
+    with torch.no_grad():
+        layer.experts.topology.copy_(torch.randn(4, 4))
+        layer.experts.conflict.copy_(torch.rand(4, 4).fill_diagonal_(0))
+    a, share = layer.experts.topology, layer.experts.topology.sigmoid()
+    conflict = sum(share[i, j] * layer.experts.conflict[i, j] for i in range(3) for j in range(3))
+    assert torch.allclose(Conflict(SITE)(seen), conflict)
+    assert torch.allclose(Connections(SITE, undecided=3.0)(seen), (a.abs() + 3 * share * (1 - share)).mean())
 
 
 def test_in_a_model(tmp_path):

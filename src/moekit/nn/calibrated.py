@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ..contract import Context
-from ..errors import OptionError
+from .limits import Limited, positive
 from .parts import Site
 
 
@@ -23,14 +23,12 @@ class Calibrated(nn.Module):
     its deviation, made to sum to 1 by the softmax that follows. ``floor`` bounds how much agreement is worth.
     """
 
+    passes = Limited(int, lambda n, part: n >= 2, "passes={value} of a calibrated router: a deviation needs 2 or more")
+    dropout = Limited(float, lambda share, part: 0 <= share < 1, "dropout={value} of a router: give 0 to below 1")
+    floor = positive("floor={value} of a calibrated router must be positive")
+
     def __init__(self, site: Site, *, passes: int = 5, dropout: float = 0.1, floor: float = 0.1) -> None:
         super().__init__()
-        if passes < 2:
-            raise OptionError(f"passes={passes} of a calibrated router: a deviation needs 2 or more")
-        if not 0 <= dropout < 1 or not floor > 0:
-            raise OptionError(
-                f"a calibrated router needs 0 <= dropout < 1 and floor > 0, got {dropout:g} and {floor:g}"
-            )
         self.passes, self.dropout, self.floor = passes, dropout, floor
         self.weight = nn.Parameter(torch.zeros(site.choices, site.hidden_size))
 

@@ -114,6 +114,9 @@ class MoekitConfig(PreTrainedConfig):
             )
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise OptionError(f"pad_token_id={self.pad_token_id} is not among the {self.vocab_size} tokens there are")
+        starts = self.modality_starts or []
+        if starts != sorted({start for start in starts if 0 <= start < self.vocab_size}):
+            raise OptionError(f"modality_starts={starts}: give rising ids of the {self.vocab_size} tokens there are")
         self._check_rope(self.rope_parameters or {})
 
     @staticmethod

@@ -66,8 +66,9 @@ class Heads(Attention):
     """``sum_i g_i H_i W_O^i``: the first ``shared`` heads in every token, ``k`` of the others (MoH, equations 5 to 7).
 
     ``g = a1 softmax(W_s x)`` over shared heads and ``a2 softmax(W_r x)`` for the chosen others, ``[a1, a2] =
-    softmax(W_h x)``; with ``scaled`` gates are 1 on average (the chosen made to sum to k, the shared to their number,
-    both a doubled). Only queries choose: every key and value is computed and kept.
+    softmax(W_h x)``; without ``two_stage`` (an ablation) both a are 1/2. ``scaled``, as in the released code, makes
+    gates 1 on average (the chosen made to sum to k, the shared to their number, both a doubled). Only queries choose:
+    every key and value is computed and kept.
 
     ``by="query"``: the norm of a head's query, over its standard deviation across heads, is the logit; shared heads
     count 1, chosen ones 1 with the gradient of their score. Nothing is learnt for routing (continue-tuning in MoH).
@@ -84,6 +85,7 @@ class Heads(Attention):
         k: int,
         shared: int = 0,
         scaled: bool = False,
+        two_stage: bool = True,
         by: str = "learnt",
         router: dict[str, Any] | None = None,
         balance: dict[str, Any] | None = None,
@@ -102,7 +104,7 @@ class Heads(Attention):
         self.router = HeadRouter(site_of_heads(config, layer, routed, k), parts | (router or {}), balance, "attention")
         learnt = by == "learnt"
         self.shared_gate = nn.Linear(config.hidden_size, shared, bias=False) if learnt and shared > 1 else None
-        self.mix = nn.Linear(config.hidden_size, 2, bias=False) if learnt and shared else None
+        self.mix = nn.Linear(config.hidden_size, 2, bias=False) if learnt and shared and two_stage else None
 
     def forward(
         self,
@@ -128,9 +130,12 @@ class Heads(Attention):
         shared = torch.ones_like(routed_TR[:, :1]).expand(-1, self.shared)
         if self.shared_gate is not None:
             shared = self.shared_gate(x_TH).softmax(-1, dtype=torch.float32) * (self.shared if self.scaled else 1)
-        if self.mix is None:
+        if self.by == "query":
             return torch.cat((shared, routed_TR), dim=1)
-        mix_T2 = self.mix(x_TH).softmax(-1, dtype=torch.float32) * (2 if self.scaled else 1)
+        mix_T2 = routed_TR.new_full((len(x_TH), 2), 0.5)
+        if self.mix is not None:
+            mix_T2 = self.mix(x_TH).softmax(-1, dtype=torch.float32)
+        mix_T2 = mix_T2 * (2 if self.scaled else 1)
         return torch.cat((mix_T2[:, :1] * shared, mix_T2[:, 1:] * routed_TR), dim=1)
 
     def _offered(self, x_TH: Tensor, context: Context) -> Context:

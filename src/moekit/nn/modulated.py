@@ -30,7 +30,9 @@ class ModulatedExperts(nn.Module):
         super().__init__()
         if form not in FORMS:
             raise OptionError(f"form={form!r} of modulated experts: choose one of {', '.join(FORMS)}")
-        size, wide = site.hidden_size, width or site.intermediate_size
+        size, wide = site.hidden_size, site.intermediate_size if width is None else width
+        if wide < 1:
+            raise OptionError(f"width={wide} of an adaptor: give 1 or more")
         self.num_experts, self.top_k = site.num_experts, site.top_k
         self.norm = nn.LayerNorm(size)
         self.base_gate, self.base_up = nn.Linear(size, size, bias=False), nn.Linear(size, size, bias=False)

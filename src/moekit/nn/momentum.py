@@ -70,6 +70,8 @@ class AdamStart(Momentum):
         super().__init__(site, sublayer, mu=mu, gamma=gamma)
         if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
             raise OptionError(f"beta1={beta1:g}, beta2={beta2:g} of Adam: give 0 or more and less than 1")
+        if not eps > 0:
+            raise OptionError(f"eps={eps:g} of Adam must be positive")
         self.gamma_first, self.beta1, self.beta2, self.kappa, self.eps = gamma_first, beta1, beta2, kappa, eps
 
     def forward(self, hidden_BSH: Tensor, norm: nn.Module, sublayer: nn.Module, context: Context) -> Tensor:

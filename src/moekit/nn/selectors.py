@@ -65,11 +65,14 @@ class TopP(nn.Module):
 class Grouped(nn.Module):
     """The ``k / groups`` highest in each of ``groups`` equal groups of neighbours: all groups equally loaded (MoGE)."""
 
+    groups: Any = Limited(
+        int,
+        lambda groups, part: groups >= 1 and not (part.choices % groups or vars(part).get("k", groups) % groups),
+        "{value} groups do not divide {at.choices} experts and their slots evenly",
+    )
     k: Any = Limited(
         int,
-        lambda k, part: (
-            1 <= k <= part.choices and part.groups >= 1 and not (part.choices % part.groups or k % part.groups)
-        ),
+        lambda k, part: 1 <= k <= part.choices and not k % part.groups,
         "{at.groups} groups do not divide {at.choices} experts and {value} slots evenly",
     )
 

@@ -24,8 +24,11 @@ class TaskAware(nn.Module):
 
     def __init__(self, site: Site, *, tasks: int, width: int = 32, hidden: float = 0.1) -> None:
         super().__init__()
-        if tasks < 1 or not 0 <= hidden <= 1:
-            raise OptionError(f"a task-aware router needs tasks >= 1 and 0 <= hidden <= 1, got {tasks} and {hidden:g}")
+        if min(tasks, width) < 1 or not 0 <= hidden <= 1:
+            raise OptionError(
+                f"a task-aware router needs tasks >= 1, width >= 1 and 0 <= hidden <= 1, got {tasks}, {width} and "
+                f"{hidden:g}"
+            )
         self.hidden, self.tasks = hidden, tasks
         self.norm = nn.LayerNorm(site.hidden_size)
         self.embedding = nn.Embedding(tasks, width)

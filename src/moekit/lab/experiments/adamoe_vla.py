@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from moekit.lab.experiments import Advance, Outcome
+from moekit.lab.experiments._league import Use
 from moekit.lab.experiments._seeds import each_seed, interval, over_seeds
-from moekit.lab.experiments._toys import Batch, Toy, answers, fit, moe
+from moekit.lab.experiments._toys import Batch, Toy, answers, fit, moe, parameters
 from moekit.nn import Site
 from moekit.nn.correction import max_violation
 from moekit.nn.flow import carry
@@ -67,7 +68,7 @@ def measure(seed: int) -> dict[str, Any]:
             arm: {str(weight): sum(one[arm][weight][figure] for one in found) / REPEATS for weight in WEIGHTS}
             for arm in WEIGHERS
         }
-        for figure in ("error", "max_violation", "gap at the start")
+        for figure in ("error", "max_violation", "gap at the start", "total", "active")
     }
 
 
@@ -121,8 +122,11 @@ def upcycled(dense: Toy, weigher: Any, weight: float) -> Toy:
 
 
 def judged(model: Toy, test: tuple[Tensor, Tensor]) -> dict[str, float]:
-    out, context = answers(model, test[0])
+    with Use(model) as use:
+        out, context = answers(model, test[0])
     return {
         "error": float((out - test[1]).square().mean() / test[1].var()),
         "max_violation": max_violation(carry(context).load[0]),
+        "total": float(parameters(model)),
+        "active": use.active(len(test[0])),
     }

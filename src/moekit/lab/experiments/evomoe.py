@@ -11,9 +11,10 @@ Rule, written before the first run. `shown` if and only if all of these hold:
    above zero;
 2. experts per token, mean over seeds and tenths of the run, never rise from the second tenth on, and are 1 at the end.
 
-How many experts a token used just before the cut to one, and what the first phase adds, are reported. The sheet warns
-of a cut before the gate has cooled to one by itself: here 2.9 experts (2.4 to 3.3) are in use when it comes, with the
-paper's temperatures, so a part of what is lost may be the cut's.
+That experts per token are 1 at the end is the schedule's doing, and checks the code. How many experts a token used just
+before the cut to one, and what the first phase adds, are reported. The sheet warns of a cut before the gate has cooled
+to one by itself: here 2.9 experts (2.4 to 3.3) are in use when it comes, with the paper's temperatures, so a part of
+what is lost may be the cut's.
 """
 
 from __future__ import annotations

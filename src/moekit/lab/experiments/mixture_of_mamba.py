@@ -64,7 +64,10 @@ def summary(found: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
     rule: dict[str, Any] = {}
     for kind in (TEXT, IMAGE):
         rule[f"dense - mixture, {kind}"] = interval([one["dense"][kind] - one["mixture"][kind] for one in last])
-        ratios = [reached(one["mixture"][kind], one["dense"][kind][-1]) / STEPS for one in found]
+        ratios = [
+            reached(one["mixture"][kind], one["dense"][kind][-1]) / reached(one["dense"][kind], one["dense"][kind][-1])
+            for one in found
+        ]
         rule[f"steps of mixture over dense, {kind}"] = interval(ratios)
     both = [sum(one["wide"].values()) - sum(one["mixture"].values()) for one in last]
     rule["wide - mixture, both"] = interval(both)

@@ -5,8 +5,9 @@ Setting: a toy classifier (16 inputs, 10 classes that a random two-layer teacher
 one residual feed-forward layer of width 64 at size 32, trained 600 steps of 256 examples. From it, 400 more steps each:
 multiplication alone, powers of two alone, and mixtures of both (k = 1, both experts start from the trained one, noise
 1/2, loss weight 0.01) with costs 16 and 5, the bits of a weight (bfloat16; sign and 4 bits of exponent), or with equal
-costs. Cost of an arm: bits times products of what its test tokens chose; nothing is timed, as a processor multiplies
-as fast as it shifts. Mean of 3 classifiers a seed.
+costs. A mixture has two experts' parameters, of which a token uses one's; ``two multiplications`` is a mixture with as
+many and nothing to shift (added after the first run, reported only). Cost of an arm: bits times products of what its
+test tokens chose; nothing is timed, as a processor multiplies as fast as it shifts. Mean of 3 classifiers a seed.
 
 Rule, written before the first run. `shown` if and only if the 95 % t intervals over seeds lie above zero for: accuracy
 of the mixture with the latency-aware loss minus that of powers of two alone; cost of the mixture with equal costs minus
@@ -28,8 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from moekit.lab.experiments import Advance, Outcome
+from moekit.lab.experiments._league import Use
 from moekit.lab.experiments._seeds import differences, each_seed, over_seeds
-from moekit.lab.experiments._toys import Batch, Toy, answers, fit, moe
+from moekit.lab.experiments._toys import Batch, Toy, answers, fit, moe, parameters
 from moekit.nn import Site
 from moekit.nn.flow import carry
 
@@ -43,6 +45,7 @@ ARMS: dict[str, tuple[list[int], list[float]]] = {
     "shift": ([0], [1.0]),
     "latency-aware": ([1], list(BITS)),
     "equal costs": ([1], [1.0, 1.0]),
+    "two multiplications": ([], [1.0, 1.0]),
 }
 """Which experts shift, and the costs in the loss."""
 
@@ -70,7 +73,7 @@ def measure(seed: int) -> dict[str, dict[str, float]]:
     found = [classifiers(seed * 100 + repeat) for repeat in range(REPEATS)]
     return {
         figure: {arm: sum(one[arm][figure] for one in found) / REPEATS for arm in ARMS}
-        for figure in ("error", "cost", "shifted")
+        for figure in ("error", "cost", "shifted", "total", "active")
     }
 
 
@@ -118,7 +121,8 @@ def converted(start: Toy, shifted: list[int], costs: list[float]) -> Toy:
 
 
 def judged(model: Toy, test: Tensor, wanted: Tensor, shifted: list[int]) -> dict[str, float]:
-    out, context = answers(model, test)
+    with Use(model) as use:
+        out, context = answers(model, test)
     load = carry(context).load[0].float()
     share = float(load[shifted].sum() / load.sum())
     bits = BITS[0] * (1 - share) + BITS[1] * share
@@ -126,4 +130,6 @@ def judged(model: Toy, test: Tensor, wanted: Tensor, shifted: list[int]) -> dict
         "error": float((out.argmax(1) != wanted).float().mean()),
         "cost": bits * 3 * SIZE * WIDTH,
         "shifted": share,
+        "total": float(parameters(model)),
+        "active": use.active(len(test)),
     }

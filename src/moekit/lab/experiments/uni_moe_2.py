@@ -33,6 +33,7 @@ from moekit import lab
 from moekit.lab._splits import Split
 from moekit.lab.experiments import Advance, Outcome
 from moekit.lab.experiments._building import gap, means
+from moekit.lab.experiments._league import Use, size
 from moekit.lab.experiments._seeds import each_seed
 from moekit.nn import MoE
 from moekit.train import Batch
@@ -73,7 +74,8 @@ def contest(seed: int) -> dict[str, dict[str, float]]:
     label = np.repeat(np.arange(len(MODALITIES)), TEST)
     _, untrained_SLE = judged(recipe.build().eval(), ids)
     model = carry_out(recipe, batch)[0].eval()
-    loss, load_SLE = judged(model, ids)
+    with Use(model) as use:
+        loss, load_SLE = judged(model, ids)
     with no_shared(model):
         without, _ = judged(model, ids)
     loads = {"trained": load_SLE, "untrained": untrained_SLE}
@@ -86,6 +88,7 @@ def contest(seed: int) -> dict[str, dict[str, float]]:
         "routed_per_token": by_kind(load_SLE[:, :, :-1].sum((1, 2)) / load_SLE.shape[1] / LENGTH, label),
         "information": {name: information(load, label) for name, load in loads.items()},
         "spread_of_null": {name: float(np.ptp(shares)) for name, shares in null.items()},
+        "parameters": {"total": float(size(model)), "active": use.active(ids.numel())},
     }
 
 
