@@ -42,6 +42,22 @@ def test_a_memory_reads_less_than_experts_and_a_dense_layer_works_as_much():
         assert 1 <= sizes["experts alike"][figure] / sizes["memory"][figure] < 1.02
 
 
+@pytest.mark.parametrize(
+    ("name", "low", "high", "bytes_", "shown"),
+    [
+        (None, 0.0, 0.0, 10, True),
+        ("memory - dense", -0.1, 0.1, 10, False),
+        ("memory - experts", -0.2, -0.1, 10, False),
+        (None, 0.0, 0.0, 30, False),
+    ],
+)
+def test_the_rule_of_the_memory(name, low, high, bytes_, shown):
+    rule = {"memory - dense": {"low": 0.1, "high": 0.2}, "memory - experts": {"low": -0.1, "high": 0.1}}
+    sizes = {"memory": {"bytes of one token": bytes_}, "experts": {"bytes of one token": 20}}
+    found = {"rule": rule | ({name: {"low": low, "high": high}} if name else {}), "sizes": sizes}
+    assert ultramem_v2.holds(found) is shown
+
+
 def test_images_turn_and_texts_follow_their_chain():
     world = mixture_of_mamba.World(3)
     symbol, patch, image = world.draw(4)

@@ -86,6 +86,7 @@ def test_saved_it_is_a_model_like_any_other(tmp_path):
         ({}, {"count": 0}, "0 experts to insert"),
         ({}, {"count": 1, "pull": 2}, "pull of 2"),
         ({"layers_per_bank": 2}, {"count": 1}, "no place for new experts"),
+        ({"num_experts": 16, "router": {"score": "tree"}}, {"count": 2}, "has 15 rows, which are not one for each"),
     ],
 )
 def test_what_cannot_be(fields, options, said):

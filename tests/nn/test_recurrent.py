@@ -143,6 +143,22 @@ def test_bad_options(score, message):
         tiny(router={"score": score})
 
 
+@pytest.mark.parametrize("score", [{"kind": "recurrent", "width": 5}, "residual"])
+def test_routers_of_attention_and_of_experts_remember_apart(score):
+    """Other sizes in either place, and the experts' routing does not change with what attention's router remembers."""
+    other = {"kind": "recurrent", "width": 3} if score != "residual" else "residual"
+    attention = {"kind": "experts", "experts": 3, "k": 1, "router": {"score": other}}
+    model = tiny(attention=attention, router={"score": score}, num_hidden_layers=3)
+    context, x = passing(), torch.randn(6, 32)
+    gates = [layer.mlp.gate for layer in model.model.layers]
+    expected = [gate.score(x, context) for gate in gates]
+    context = passing()
+    for layer, logits in zip(model.model.layers, expected, strict=True):
+        layer.self_attn.router(x, context)
+        torch.testing.assert_close(layer.mlp.gate.score(x, context), logits)
+    assert model(tokens()).logits.isfinite().all()
+
+
 def test_residuals_need_as_many_choices_everywhere():
     model = tiny(router={"score": "residual"}, num_experts=[4, 5])
     with pytest.raises(OptionError, match="as many choices in every layer: 5 follow 4"):

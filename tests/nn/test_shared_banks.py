@@ -84,6 +84,12 @@ def test_dense_layers_and_a_last_bank_of_fewer():
     assert lm(IDS).logits.isfinite().all()
 
 
+def test_a_layer_without_experts_brings_none_however_it_is_said():
+    said = model(2, dense_layers=[1]), model(2, feed_forward=["moe", {"kind": "dense"}, "moe", "moe"])
+    counts = [[layer.mlp.gate.num_experts for layer in lm.model.layers if hasattr(layer.mlp, "gate")] for lm in said]
+    assert counts == [[N, 2 * N, 2 * N]] * 2
+
+
 def test_views_of_single_layers_are_refused():
     says = "model.layers.0.mlp.experts and model.layers.1.mlp.experts are one bank of experts"
     with pytest.raises(UnsupportedModelError, match=says):

@@ -136,6 +136,16 @@ def test_mixers_side_by_side_and_parallel_blocks(tmp_path) -> None:
     torch.testing.assert_close(layer.block(x, layer, attend, context), expected)
 
 
+def test_two_mixers_with_keys_and_values_are_run_anew() -> None:
+    model = tiny(attention={"kind": "sum", "of": ["softmax", {"kind": "softmax", "window": 4}], "gates": [1.0, 0.5]})
+    assert not model.model.can_cache
+    assert tiny(attention={"kind": "sum", "of": ["softmax"], "gates": [1.0]}).model.can_cache
+    torch.testing.assert_close(model(tokens()).logits, model(tokens(), use_cache=False).logits)
+    found = model.generate(tokens(1, 6), max_new_tokens=4, do_sample=False)
+    for end in range(6, 10):
+        assert model(found[:, :end], use_cache=False).logits[0, -1].argmax() == found[0, end]
+
+
 def test_a_sum_of_one_mixer_is_that_mixer() -> None:
     alone = tiny(attention="softmax")
     summed = tiny(attention={"kind": "sum", "of": ["softmax"], "gates": [1.0]})

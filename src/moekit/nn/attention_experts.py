@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contract import Context
+from ..errors import OptionError
 from .attention import Attention
 from .grouped import GroupedLinear
 from .heads import HeadRouter, site_of_heads
@@ -20,7 +21,7 @@ class AttentionExperts(Attention):
     """``y = sum_i g_i W_o^i attend(W_q^i x, W_k X, W_v X)`` over the ``k`` experts a token chooses (ModuleFormer; MoA).
 
     Every expert has ``heads`` heads of the model's head size; keys and values are computed once, for all of them.
-    Raises :class:`OptionError` for more experts to choose than there are.
+    Raises :class:`OptionError` for more experts to choose than there are, or experts without heads.
     """
 
     def __init__(
@@ -36,6 +37,8 @@ class AttentionExperts(Attention):
         weights: str = "softmax",
     ) -> None:
         super().__init__(config, layer, weights=weights)
+        if heads < 1:
+            raise OptionError(f"heads={heads} of an attention expert: give 1 or more")
         self.num_heads, self.num_key_value_groups = heads, 1
         self.router = HeadRouter(site_of_heads(config, layer, experts, k), router, balance, "attention")
         width = heads * self.head_dim

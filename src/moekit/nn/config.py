@@ -150,7 +150,12 @@ class MoekitConfig(PreTrainedConfig):
         """The MoE layers that choose from the same experts as ``layer``, neighbours all."""
         size = self.layers_per_bank
         group = range(layer - layer % size, min(layer - layer % size + size, self.num_hidden_layers))
-        return [other for other in group if other == layer or other not in (self.dense_layers or ())]
+        return [other for other in group if other == layer or self._has_experts(other)]
+
+    def _has_experts(self, layer: int) -> bool:
+        spec = self.feed_forward_of(layer)
+        kind = spec.get("kind") if isinstance(spec, dict) else spec
+        return kind == "moe" and layer not in (self.dense_layers or ())
 
     @property
     def expert_step(self) -> int:

@@ -17,6 +17,7 @@ from ..contract import Context
 from ..errors import OptionError
 from .flow import by_sequence, real
 from .given import known_label, label_of
+from .limits import Limited
 from .parts import Site
 
 Scorer = Callable[[Tensor, Context], Tensor]
@@ -40,11 +41,10 @@ class Chunk(nn.Module):
     """
 
     cached = False
+    length = Limited(int, lambda length, part: length >= 1, "chunks of {value} tokens: give 1 or more")
 
     def __init__(self, site: Site, *, length: int = 32, causal: bool = True) -> None:
         super().__init__()
-        if length < 1:
-            raise OptionError(f"chunks of {length} tokens: give 1 or more")
         self.length, self.causal = length, causal
 
     def forward(self, x_TH: Tensor, scorer: Scorer, context: Context) -> Tensor:

@@ -39,6 +39,7 @@ class HeadRouter(nn.Module):
         self.weight_of = Weights({name: weight for name, (weight, _) in terms.items()})
 
     def forward(self, x_TH: Tensor, context: Context) -> Routing:
+        context = extended(context, owner=self.owner)
         context = self.gate.entered(x_TH, context)  # balance terms see the same scores, also where they are drawn
         routing = self.gate.routing(self.gate(x_TH, context))
         carry(context).other_load.setdefault(self.owner, []).append(counted(routing, self.gate.num_experts, context))

@@ -79,5 +79,7 @@ def _places(model: nn.Module, name: str, old: Tensor, new: Tensor, count: int) -
         index = torch.arange(size, device=new.device)
         if was != size:
             index = torch.cat((index[:first], index[first + count :]))
+        if len(index) != was:
+            raise OptionError(f"{name} has {was} rows, which are not one for each of {first} experts")
         places.append(index.view(-1, *[1] * (old.dim() - 1 - axis)))
     return tuple(places)

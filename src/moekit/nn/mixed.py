@@ -20,7 +20,8 @@ from .parts import Spec, make
 class Sum(nn.Module):
     """``sum_i g_i mixer_i(x)`` with learnt scalars g that begin as ``gates`` says (Hydra: 1, and 0.15 for attention).
 
-    At most one of the mixers may keep keys and values. Raises :class:`OptionError` where the numbers do not match.
+    A layer has room for the keys and values of one mixer: with several that keep them, texts are run anew. Raises
+    :class:`OptionError` where the numbers do not match.
     """
 
     def __init__(self, config: Any, layer: int, *, of: Sequence[Spec], gates: Sequence[float]) -> None:
@@ -32,6 +33,7 @@ class Sum(nn.Module):
                 f"a sum of {len(of)} mixers with {len(gates)} gates: give one gate for each, one at least"
             )
         self.mixers = nn.ModuleList(make("attention", ATTENTIONS, one, config, layer) for one in of)
+        self.cached = sum(getattr(one, "cached", True) for one in self.mixers) <= 1
         self.start = tuple(float(gate) for gate in gates)
         self.gate = nn.Parameter(torch.tensor(self.start))
 

@@ -63,6 +63,8 @@ class Memory(nn.Module):
             raise OptionError(f"weigh={weigh!r} in a memory: choose softmax or raw")
         if activation != "none" and activation not in ACT2FN:
             raise OptionError(f"activation={activation!r} in a memory: choose none or one that transformers knows")
+        if width is not None and width < 1:
+            raise OptionError(f"width={width} of a memory: give 1 or more")
         if share < 1:
             raise OptionError(f"share={share} of a memory: give 1 for a table per layer, or more")
         self.find = ProductKeys(size, keys=keys, top=top, heads=heads, key=key, rank=rank, final=final)

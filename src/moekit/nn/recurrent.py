@@ -23,6 +23,11 @@ from .parts import Site, Spec, make
 _STATE, _LOGITS = "router state", "router logits"
 
 
+def _mine(name: str, context: Context) -> str:
+    """What routers of one place in a layer, such as its attention, remember by this name."""
+    return f"{context.extra.get('owner', '')} {name}".strip()
+
+
 class Begun(nn.RNNCellBase):
     """A cell begun as torch begins it, also where a model draws its weights."""
 
@@ -64,12 +69,12 @@ class Recurrent(nn.Module):
         init.normal_(self.weight, mean=0.0, std=std)
 
     def forward(self, x_TH: Tensor, context: Context) -> Tensor:
-        state = carry(context).state
-        before = state.get(_STATE)
+        state, mine = carry(context).state, _mine(_STATE, context)
+        before = state.get(mine)
         if before is not None and self.detach:
             before = before.detach()
         now_TP = self.cell(self.inner(x_TH), before)
-        state[_STATE] = now_TP
+        state[mine] = now_TP
         return F.linear(now_TP, self.weight)
 
 
@@ -88,8 +93,8 @@ class Residual(nn.Module):
         self.map = nn.Linear(site.choices, site.choices, bias=False) if site.layer else None
 
     def forward(self, x_TH: Tensor, context: Context) -> Tensor:
-        state = carry(context).state
-        logits, before = self.scorer(x_TH, context), state.get(_LOGITS)
+        state, mine = carry(context).state, _mine(_LOGITS, context)
+        logits, before = self.scorer(x_TH, context), state.get(mine)
         if before is not None and self.map is not None:
             if before.shape[1] != self.map.in_features:
                 raise OptionError(
@@ -97,5 +102,5 @@ class Residual(nn.Module):
                     f"{before.shape[1]}"
                 )
             logits = logits + self.map(before.to(self.map.weight.dtype))
-        state[_LOGITS] = logits
+        state[mine] = logits
         return logits

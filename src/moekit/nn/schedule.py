@@ -168,12 +168,14 @@ class Schedule:
                 f"schedule {target!r}: candidates are drawn for a router's pool, not for {self.attribute}"
             )
         values = [self._held(value) for value in getattr(self.course, "values", [])]
+        if values and before is None:
+            raise OptionError(f"schedule {target!r}: {self.attribute} has no value that {values[0]!r} could follow")
         moves = isinstance(self.course, Moving)
         if self.whole and moves:
             values += range(min(values), max(values))  # it comes by those between, too
         for value in values:
             alike = all(fits(before, kind) == fits(value, kind) for kind in (bool, float))
-            if not alike and (moves or before is not None):
+            if not alike:
                 raise OptionError(
                     f"schedule {target!r} gives {value!r}, and {self.attribute} is of type {type(before).__name__}: "
                     "give values of that type"

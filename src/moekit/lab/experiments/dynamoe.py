@@ -7,8 +7,8 @@ Rule, written before the first run. `shown` if and only if the 95 % t interval o
 in bits per byte lies above zero and its mean above the standard deviation over seeds of uniform, or the same is true of
 (uniform minus ascending): the paper's claim for language models is that one of the two is best, by size; both are
 reported. Differences within the deviation of seeds falsify it. Further reported: the spread of the six means, experts
-used per token, and how much the loss, by stretches of 20 steps, strays from a line through the last third of training,
-dynamic against static.
+used per token, and, for the variance of gradients that the sheet asks for, how much the loss, by stretches of 20 steps,
+strays from a line through the last third of training, dynamic against static.
 """
 
 from __future__ import annotations

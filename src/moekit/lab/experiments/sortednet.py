@@ -50,6 +50,11 @@ def prefixes(model: Any, seed: int) -> dict[str, float]:
     return found | {f"at {ALL}": bits(model, seed)}
 
 
+def whole(model: Any, seed: int) -> dict[str, float]:
+    """Bits per byte of all there is, on the rows that parts are judged on."""
+    return {"whole": bits(model, seed)}
+
+
 def most_used(model: Any, seed: int) -> dict[str, float]:
     """Bits per byte with the m experts that each layer uses most on training text."""
     layers = [module for module in model.modules() if isinstance(module, MoE)]
@@ -69,16 +74,13 @@ def most_used(model: Any, seed: int) -> dict[str, float]:
 
 def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
     """Return losses at every size, and the differences. ``text`` is not used."""
-    found = league(arms(), seeds, advance, "sizes", {BASE: most_used, SORTED: prefixes})
+    probe = {BASE: most_used, SORTED: prefixes} | dict.fromkeys(map(str, ALONE), whole)
+    found = league(arms(), seeds, advance, "sizes", probe)
     at = probes(found)
     cut = {f"at {m}": gap(at, f"{BASE} at {m}", f"{SORTED} at {m}") for m in SIZES}
-    whole = column(found, "bits_per_byte")
-    ratio = float(np.mean([one[SORTED] / one[BASE] for one in whole]))
+    ratio = float(np.mean([one[SORTED] / one[BASE] for one in column(found, "bits_per_byte")]))
     course = [float(np.mean([one[f"{SORTED} at {m}"] for one in at])) for m in (*SIZES, ALL)]
-    small = {
-        f"at {m}": float(np.mean([a[f"{SORTED} at {m}"] - w[str(m)] for a, w in zip(at, whole, strict=True)]))
-        for m in ALONE
-    }
+    small = {f"at {m}": gap(at, f"{SORTED} at {m}", f"{m} whole") for m in ALONE}
     figures = table(found) | {"sizes": means(at), "cut_minus_sorted": cut, "sorted_minus_alone": small}
     figures |= {"sorted_over_base": ratio}
     return Outcome(shown=holds(course, cut, ratio), figures=figures, setting=setting(arms()))

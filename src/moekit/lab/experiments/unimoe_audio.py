@@ -13,7 +13,8 @@ Rule, written before the first run. `shown` if and only if the 95 % t intervals 
 large one do not.
 
 Reported, deciding nothing: what of it balanced rows alone do (moe, balanced minus staged), what the warm-up does, the
-loss of the first step in which everything learns, and whether positions of more loss use more real experts.
+loss just before everything learns, on the same 64 rows of training text with and without a warm-up, and whether
+positions of more loss use more real experts.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ from moekit import lab
 from moekit.build._specialists import assemble
 from moekit.lab.experiments import Advance, Outcome
 from moekit.lab.experiments._building import gap, means
-from moekit.lab.experiments._league import Use
+from moekit.lab.experiments._league import AfterStep, Use
 from moekit.measure import Interval
 from moekit.train import Batch, Batches
-from moekit.train.recipe import Recipe, carry_out
+from moekit.train.loop import Record
+from moekit.train.recipe import Recipe, Training, carry_out
 
 LARGE, SMALL = "prose", "c"
 BYTES = {LARGE: 300_000, SMALL: 30_000}
@@ -55,7 +57,7 @@ def run(seeds: Sequence[int], text: str | None, advance: Advance) -> Outcome:
         "large": means(large),
         "small_minus_staged": {name: gap(small, name, STAGED) for name in (DENSE, MOE, BALANCED, COLD)},
         "large_minus_staged": {name: gap(large, name, STAGED) for name in (DENSE, MOE, BALANCED, COLD)},
-        "first_step": means([{name: one[name]["first"] for name in (STAGED, COLD)} for one in found]),
+        "before_all_learns": means([{name: one[name]["before"] for name in (STAGED, COLD)} for one in found]),
         "total": {name: found[0][name]["total"] for name in found[0]},
         "active": means([{name: one[name]["active"] for name in one} for one in found]),
         "slots_follow_loss": asdict(Interval.over_seeds([one[STAGED]["follows"] or 0.0 for one in found])),
@@ -77,7 +79,9 @@ def contest(seed: int) -> dict[str, dict[str, Any]]:
         MOE: trained(sparse(STEPS, seed), uneven),
         BALANCED: trained(sparse(STEPS, seed), even),
     }
-    each = {kind: trained(dense(64, ALONE, seed), drawn(seed, {kind: 1.0}))[0] for kind in BYTES}
+    rows = torch.cat([even(STEPS + number)["input_ids"] for number in range(8)])
+    before = {}
+    each = {kind: trained(dense(64, ALONE, seed), drawn(seed, {kind: 1.0})) for kind in BYTES}
     after = STEPS - len(each) * ALONE
     for name, warm in ((STAGED, WARM), (COLD, 0)):
         recipe = sparse(after, seed)
@@ -91,9 +95,23 @@ def contest(seed: int) -> dict[str, dict[str, Any]]:
                 ("*.shared_expert.trainable", True),
             )
         )
-        model, losses = trained(replace(recipe, schedule=recipe.schedule + frozen), even, model)
-        models[name] = model, losses[warm:]
-    return {name: judged(model, seed) | {"first": losses[0]} for name, (model, losses) in models.items()}
+        before[name] = loss(model, rows)
+
+        def look(done: int, record: Record, running: Training, name: str = name, warm: int = warm) -> None:
+            if done == warm:
+                before[name] = loss(running.model, rows)
+
+        models[name] = trained(replace(recipe, schedule=recipe.schedule + frozen), even, model, look)
+    return {name: judged(model, seed) | {"before": before.get(name)} for name, model in models.items()}
+
+
+@torch.no_grad()
+def loss(model: Any, rows: torch.Tensor) -> float:
+    """Nats per byte, as in training but for the balance terms."""
+    training = model.training
+    logits = model.eval()(input_ids=rows, use_cache=False).logits[:, :-1].flatten(0, 1)
+    model.train(training)
+    return float(torch.nn.functional.cross_entropy(logits, rows[:, 1:].reshape(-1)))
 
 
 def sparse(steps: int, seed: int) -> Recipe:
@@ -107,10 +125,9 @@ def dense(width: int, steps: int, seed: int) -> Recipe:
     return Recipe.read("base").with_model(**SIZES, **layers).with_options(steps=steps, seed=seed)
 
 
-def trained(recipe: Recipe, batches: Batches, model: Any = None) -> tuple[Any, list[float]]:
-    """(model, cross-entropy of every step)."""
-    model, record = carry_out(recipe, batches, model)
-    return model.eval(), record.parts["cross_entropy"]
+def trained(recipe: Recipe, batches: Batches, model: Any = None, after_step: AfterStep | None = None) -> Any:
+    """The model that a recipe makes of these batches."""
+    return carry_out(recipe, batches, model, after_step=after_step)[0].eval()
 
 
 @cache
