@@ -40,6 +40,14 @@ def whole(spec):
     return spec["kind"]
 
 
+PAIRS = [
+    pytest.param(select, activation, id=f"{select['kind']}-{activation['kind']}")
+    for select in specs(SELECTORS)
+    for activation in specs(ACTIVATIONS)
+    if (select["kind"], activation["kind"]) != ("top-p", "identity")  # no share of a sum of any sign
+]
+
+
 def started(module, std=1.0):
     torch.manual_seed(0)
     for part in module.modules():
@@ -103,8 +111,7 @@ def test_all_tokens_to_one_expert(tokens_):
     assert float(own.sum()) == float(own[3])
 
 
-@pytest.mark.parametrize("select", specs(SELECTORS), ids=whole)
-@pytest.mark.parametrize("activation", specs(ACTIVATIONS), ids=whole)
+@pytest.mark.parametrize(("select", "activation"), PAIRS)
 def test_logits_all_alike_and_all_barred_but_one(select, activation):
     made = layer(balance=("load", "z"), select=select, activation=activation, weigh="chosen").train()
     x = torch.zeros(5, H, requires_grad=True)
@@ -119,8 +126,8 @@ def test_logits_all_alike_and_all_barred_but_one(select, activation):
     assert set(carry(context).load[0].nonzero().flatten().tolist()) <= {7}
 
 
-@pytest.mark.parametrize("select", specs(SELECTORS), ids=whole)
-@given(activation=st.sampled_from(specs(ACTIVATIONS)), size=st.sampled_from([1.0, 3e2, 6e4]), seed=st.integers(0, 9))
+@pytest.mark.parametrize(("select", "activation"), PAIRS)
+@given(size=st.sampled_from([1.0, 3e2, 6e4]), seed=st.integers(0, 9))
 def test_float16_that_overflows_routes_as_float32_does(select, activation, size, seed):
     made = started(Router(SITE, {"select": select, "activation": activation, "weigh": "chosen"})).eval().half()
     x = (size * torch.randn(7, H, generator=torch.Generator().manual_seed(seed))).clamp(-65504, 65504).half()

@@ -193,6 +193,14 @@ def test_a_token_of_nan_is_not_silently_left_out(select):
         ({"scorer": "linear"}, "a router has no part 'scorer': it has score, activation"),
         ({"score": {"kind": "mlp", "width": 0}}, "width=0 of an MLP that scores: give 1 or more"),
         ({"score": {"kind": "mlp", "activation": "x"}}, "activation='x' of an MLP that scores: choose one that"),
+        (
+            {"activation": "identity", "select": "top-p", "weigh": "ones"},
+            "any sign, and this selector takes a share of their sum",
+        ),
+        (
+            {"activation": "identity", "select": {"kind": "capped", "of": "top-p"}, "weigh": "ones"},
+            "any sign, and this selector takes a share of their sum",
+        ),
         ({"activation": {"kind": "sigmoid", "x": 1}}, "has no options"),
     ],
 )

@@ -115,3 +115,5 @@ def test_each_layer_of_a_bank_is_looked_at_by_itself():
 def test_bad_options():
     with pytest.raises(OptionError, match="layers_per_bank=0: give 1 or more"):
         model(0)
+    with pytest.raises(OptionError, match="experts 'subspace' keep more than weights: no bank of several"):
+        model(2, experts="subspace")

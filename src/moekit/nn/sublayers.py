@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..contract import Context
+from ..errors import OptionError
 from .balance import balance_term
 from .banks import BANKS
 from .correction import Correction
@@ -41,7 +42,10 @@ def bank(config: Any, site: Site) -> nn.Module:
     create = partial(make, "experts", BANKS, config.experts, config, site)
     if config.layers_per_bank == 1:
         return create()
-    return site.shared(f"experts from layer {min(config.bank_layers(site.layer))} on", create)
+    experts: nn.Module = site.shared(f"experts from layer {min(config.bank_layers(site.layer))} on", create)
+    if set(experts.state_dict()) - {name for name, _ in experts.named_parameters()}:  # only parameters are tied
+        raise OptionError(f"experts {config.experts!r} keep more than weights: no bank of several layers can be saved")
+    return experts
 
 
 def dense_layer(config: Any, layer: int) -> FeedForward:
