@@ -59,7 +59,7 @@ class Router(nn.Module):
                 "'chosen', or by {kind = \"scores\", normalise = false}"
             )
         if getattr(self.activation, "signed", False) and any(hasattr(m, "of_sum") for m in self.selector.modules()):
-            raise OptionError("raw logits have any sign, and this selector takes a share of their sum: give another activation")
+            raise OptionError("raw logits have any sign, and this selector takes a share of their sum: activate them")
         self.bias: Tensor | None
         self.register_buffer("bias", torch.zeros(site.choices) if corrected else None)
         self.pool: Tensor | None = None
