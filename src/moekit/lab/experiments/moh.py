@@ -12,9 +12,8 @@ norm. The same masks on ``all heads`` are reported.
 Rule, written before the first run. `shown` if and only if, over seeds (95 % t intervals, bits per byte): 75 % minus all
 heads does not lie above zero and is at most 0.01 on average; and without training, in ``bare``, random minus norm lies
 above zero. If random choice does as well as the norm of the queries, that part of the claim is falsified. The rest is
-reported. A first run had the code's scaling in the recipe, and the paper's equation as an arm; seeds 11 to 13 left
-the second condition open (0.199, -0.102 to 0.501). Recorded, whatever it says, are five fresh seeds (21 to 25), decided
-upon before they were run, by the same rule.
+reported. A first run had the code's scaling in the recipe, and the paper's equation as an arm.
+Seeds 11 to 13 leave the second condition open (0.199, -0.102 to 0.501).
 """
 
 from __future__ import annotations
