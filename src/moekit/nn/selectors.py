@@ -45,7 +45,7 @@ class TopP(nn.Module):
     """
 
     p = portion("p={value} is a share of the probability")
-    of_sum = True
+    of_sum = True  # so no score may be negative
     most = slots("most={value} of {at.choices} experts")
 
     def __init__(self, site: Site, *, p: float = 0.4, most: int | None = None) -> None:

@@ -143,9 +143,8 @@ def _check_end(recipe: Recipe, model: Any) -> None:
     try:
         same = _same(ended, loaded)
     except (RuntimeError, IndexError) as error:  # it moved a size of what is already built
-        raise OptionError(
-            f"a [[schedule]] leaves a model that cannot compute ({left}): {str(error).splitlines()[0]}"
-        ) from error
+        said, _, _ = str(error).partition("\n")
+        raise OptionError(f"a [[schedule]] leaves a model that cannot compute ({left}): {said}") from error
     if not same:
         raise OptionError(
             f"a [[schedule]] ends with other values than [model] says ({left}): give [model] the values that training "

@@ -32,6 +32,7 @@ from moekit.build._specialists import assemble
 from moekit.lab.experiments import Advance, Outcome
 from moekit.lab.experiments._building import gap, means
 from moekit.lab.experiments._league import AfterStep, Use
+from moekit.lab.experiments._probing import per_byte
 from moekit.measure import Interval
 from moekit.train import Batch, Batches
 from moekit.train.loop import Record
@@ -95,23 +96,15 @@ def contest(seed: int) -> dict[str, dict[str, Any]]:
                 ("*.shared_expert.trainable", True),
             )
         )
-        before[name] = loss(model, rows)
+        before[name] = per_byte(model.eval(), rows)
 
         def look(done: int, record: Record, running: Training, name: str = name, warm: int = warm) -> None:
             if done == warm:
-                before[name] = loss(running.model, rows)
+                before[name] = per_byte(running.model.eval(), rows)
+                running.model.train()
 
         models[name] = trained(replace(recipe, schedule=recipe.schedule + frozen), even, model, look)
     return {name: judged(model, seed) | {"before": before.get(name)} for name, model in models.items()}
-
-
-@torch.no_grad()
-def loss(model: Any, rows: torch.Tensor) -> float:
-    """Nats per byte, as in training but for the balance terms."""
-    training = model.training
-    logits = model.eval()(input_ids=rows, use_cache=False).logits[:, :-1].flatten(0, 1)
-    model.train(training)
-    return float(torch.nn.functional.cross_entropy(logits, rows[:, 1:].reshape(-1)))
 
 
 def sparse(steps: int, seed: int) -> Recipe:
